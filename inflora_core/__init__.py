@@ -1,0 +1,1 @@
+"""InfLoRA: a classifier that never stops learning. Start reading at ``learner.py``."""

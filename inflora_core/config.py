@@ -1,0 +1,115 @@
+"""Settings of the method, their limits, and the named presets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from inflora_core.errors import InvalidInputError
+
+
+class LearnConfig(BaseModel):
+    """How one task is learned. Defaults are ours; ``PRESETS["published"]`` is the paper's code.
+
+    docs/method.md gives the reason for every default that differs from the published one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    preset: str = "default"
+    rank: int = Field(10, ge=1, le=1024)
+    """Upper bound of r, the rank of ``A_t B_t``."""
+    epochs: int = Field(5, ge=1, le=10_000)
+    batch_size: int = Field(32, ge=1, le=4096)
+    learning_rate: float = Field(2e-3, gt=0, le=10)
+    """Base rate of Adam, for the expansions and the new head."""
+    schedule: Literal["cosine", "published"] = "cosine"
+    """``published``: the cosine that lags one epoch (``learner.learning_rates``)."""
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    shuffle: bool = True
+    """Visit the images in a new order in every epoch; without, in the order they came."""
+    held_out_share: float = Field(0.1, ge=0, le=0.5)
+    augmentation: Literal["none", "flip"] = "none"
+    """``flip``: mirror half of the training images, anew in every epoch."""
+    criterion: Literal["code", "paper"] = "code"
+    """What the design and the memory rank directions by: ``C C`` or ``C``."""
+    first_task: Literal["reach", "one-fewer"] = "reach"
+    """``one-fewer``: after the first task one direction fewer than the threshold asks for."""
+    threshold_first: float = Field(0.95, gt=0, lt=1)
+    """``lamb``: share of energy protected after the first task."""
+    threshold_last: float = Field(1.0, gt=0, le=1)
+    """``lame``: what the threshold rises towards."""
+    threshold_limit: float = Field(0.9999, gt=0, lt=1)
+    """Never reached by the schedule's own doing: at 1 nothing would be free for later tasks."""
+    expected_tasks: int | None = Field(None, ge=1, le=100_000)
+    """T of the published schedule. None: the number of tasks is not known."""
+    head: Literal["trained", "class-means"] = "class-means"
+    """What the new head starts from and ends as (``heads.py``)."""
+
+    def updated(self, **changes: Any) -> LearnConfig:
+        """Return a copy with ``changes`` that are not None, checked.
+
+        Raises:
+            InvalidInputError: naming the first field that is out of its limits.
+        """
+        known = {key: value for key, value in changes.items() if value is not None}
+        try:
+            return LearnConfig.model_validate({**self.model_dump(), **known})
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise InvalidInputError(f"{field}: {first['msg']}", field=field) from error
+
+
+PRESETS: dict[str, LearnConfig] = {
+    "default": LearnConfig(),
+    "published": LearnConfig(
+        preset="published",
+        epochs=20,
+        batch_size=128,
+        learning_rate=5e-4,
+        schedule="published",
+        first_task="one-fewer",
+        threshold_first=0.95,
+        threshold_last=1.0,
+        expected_tasks=10,
+        head="trained",
+        held_out_share=0.0,
+    ),
+}
+"""Named settings, chosen with ``inflora serve --preset``."""
+
+
+def preset(name: str) -> LearnConfig:
+    """Return the settings called ``name``.
+
+    Raises:
+        InvalidInputError: if there are none; the message lists those there are.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        known = ", ".join(sorted(PRESETS))
+        raise InvalidInputError(f"no preset {name!r}; there are: {known}", field="preset") from None
+
+
+class Limits(BaseModel):
+    """What the server accepts before it refuses."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_bytes: int = Field(20 * 2**20, ge=1)
+    """Encoded size of one image."""
+    image_pixels: int = Field(64_000_000, ge=1)
+    """Width x height, read from the header before anything is decoded."""
+    image_side_min: int = Field(2, ge=1)
+    """Pixels of the shorter side."""
+    message_bytes: int = Field(32 * 2**20, ge=1024)
+    """One gRPC message."""
+    predict_images: int = Field(256, ge=1)
+    """Images of one Predict call."""
+    task_images: int = Field(1_000_000, ge=1)
+    task_bytes: int = Field(8 * 2**30, ge=1)
+    task_classes: int = Field(10_000, ge=1)
+    queued_tasks: int = Field(100, ge=1)

@@ -1,0 +1,134 @@
+"""One tree of errors. ``inflora_service.errors`` maps each class to one gRPC status."""
+
+from __future__ import annotations
+
+
+class InfloraError(Exception):
+    """Base of every error this software raises on purpose.
+
+    Args:
+        message: What is wrong and, where it is known, what to do about it.
+        field: The field at fault, as a path into the request (``images[3]``), or "".
+    """
+
+    reason = "INTERNAL"
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep ``field`` when pickled, which the default would pass by position and lose."""
+        return _rebuild, (type(self), self.message, self.field)
+
+
+def _rebuild(kind: type[InfloraError], message: str, field: str) -> InfloraError:
+    return kind(message, field=field)
+
+
+class InvalidInputError(InfloraError):
+    """A value is not acceptable, whatever the state of the server."""
+
+    reason = "INVALID_INPUT"
+
+
+class InvalidImageError(InvalidInputError):
+    """An image is damaged, of a kind that is not accepted, or too large or small."""
+
+    reason = "INVALID_IMAGE"
+
+
+class UnsupportedBackboneError(InvalidInputError):
+    """A model cannot be taught with InfLoRA; the message says why."""
+
+    reason = "UNSUPPORTED_BACKBONE"
+
+
+class LimitExceededError(InfloraError):
+    """A task, message or queue is over its limit, or the disk is full."""
+
+    reason = "LIMIT_EXCEEDED"
+
+
+class NotFoundError(InfloraError):
+    """There is no such model, task, version or artifact."""
+
+    reason = "NOT_FOUND"
+
+
+class ConflictError(InfloraError):
+    """Something else of that name or request id exists."""
+
+    reason = "CONFLICT"
+
+
+class StateError(InfloraError):
+    """The request does not fit the present state, for example no version is published yet."""
+
+    reason = "WRONG_STATE"
+
+
+class OutOfRangeError(InfloraError):
+    """A position is beyond the end."""
+
+    reason = "OUT_OF_RANGE"
+
+
+class UnavailableError(InfloraError):
+    """The server is stopping or a part of it is restarting; a retry helps."""
+
+    reason = "UNAVAILABLE"
+
+
+class CancelledError(InfloraError):
+    """Work was given up on request."""
+
+    reason = "CANCELLED"
+
+
+class DamagedError(InfloraError):
+    """Stored data does not have its recorded checksum, or cannot be read."""
+
+    reason = "DAMAGED"
+
+
+class StoreFormatError(InfloraError):
+    """A store was written by a newer release."""
+
+    reason = "STORE_FORMAT"
+
+
+class ParityError(InfloraError):
+    """The ONNX file does not give the same answers as the torch model; nothing is published."""
+
+    reason = "PARITY"
+
+
+class LearnerCrashedError(InfloraError):
+    """The learning worker ended while it worked on a task."""
+
+    reason = "LEARNER_CRASHED"
+
+
+ERRORS_BY_REASON: dict[str, type[InfloraError]] = {
+    kind.reason: kind
+    for kind in (
+        InfloraError,
+        InvalidInputError,
+        InvalidImageError,
+        UnsupportedBackboneError,
+        LimitExceededError,
+        NotFoundError,
+        ConflictError,
+        StateError,
+        OutOfRangeError,
+        UnavailableError,
+        CancelledError,
+        DamagedError,
+        StoreFormatError,
+        ParityError,
+        LearnerCrashedError,
+    )
+}
+"""Finds the class again from the ``reason`` that crossed a process or network boundary."""

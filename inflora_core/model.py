@@ -1,0 +1,307 @@
+"""Plain data: what the learner, the store and the service hand to each other. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class TaskState(StrEnum):
+    """Where a task is on its way from upload to version."""
+
+    QUEUED = "QUEUED"
+    LEARNING = "LEARNING"
+    PUBLISHED = "PUBLISHED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self in (TaskState.PUBLISHED, TaskState.FAILED, TaskState.CANCELLED)
+
+
+class Stage(StrEnum):
+    """What the learner is doing, in this order."""
+
+    DECODING = "DECODING"
+    DESIGNING = "DESIGNING"
+    TRAINING = "TRAINING"
+    EXTENDING = "EXTENDING"
+    MERGING = "MERGING"
+    EXPORTING = "EXPORTING"
+    CHECKING = "CHECKING"
+    PUBLISHING = "PUBLISHING"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One moment of learning. ``fraction`` (0 to 1) never falls; ``epoch`` counts from 1."""
+
+    stage: Stage
+    fraction: float
+    epoch: int = 0
+    epochs: int = 0
+    loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one task did to one attention layer; see ``inflora.v1.LayerReport``."""
+
+    layer: str
+    dimension: int
+    rank: int
+    free_before: int
+    free_after: int
+    leak: float
+    interference: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How well ONNX and torch agree on the task's own images."""
+
+    images: int
+    max_abs_diff: float
+    preprocessing_grey_levels: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What became of a learned task; see ``inflora.v1.TaskReport``."""
+
+    layers: tuple[LayerReport, ...]
+    threshold: float
+    training_accuracy: float
+    held_out_accuracy_task_known: float | None
+    held_out_accuracy: float | None
+    held_out_counts: dict[str, int]
+    epoch_losses: tuple[float, ...]
+    stage_seconds: dict[Stage, float]
+    settings: dict[str, Any]
+    device: str
+    warnings: tuple[str, ...] = ()
+    parity: ParityReport | None = None
+
+    @property
+    def leak(self) -> float:
+        """Largest leak of any layer."""
+        return max((layer.leak for layer in self.layers), default=0.0)
+
+    @property
+    def interference(self) -> float:
+        """Largest interference of any layer."""
+        return max((layer.interference for layer in self.layers), default=0.0)
+
+    @property
+    def capacity(self) -> float:
+        """Free share of all layers' dimensions."""
+        total = sum(layer.dimension for layer in self.layers)
+        return sum(layer.free_after for layer in self.layers) / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task failed: ``reason`` of an ``InfloraError``, its message and field."""
+
+    reason: str
+    message: str
+    field: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's record. ``id`` is the last part of its resource name."""
+
+    id: str
+    display_name: str
+    request_id: str
+    content_sha256: str
+    labels: tuple[str, ...]
+    """Classes in the order they arrived."""
+    example_counts: tuple[int, ...]
+    """Images of each class."""
+    example_bytes: int
+    settings: dict[str, Any]
+    """What the spec asked for; keys are fields of ``LearnConfig``."""
+    create_time: datetime
+    state: TaskState = TaskState.QUEUED
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    version: int | None = None
+    failure: Failure | None = None
+    report: TaskReport | None = None
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """A class that the model knows; its position in the table is its logit's."""
+
+    label: str
+    task: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of a version, with what it must contain."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version's manifest: immutable, numbered from 1."""
+
+    number: int
+    parent: int | None
+    task: str
+    backbone: str
+    """SHA-256 that names the frozen backbone in the store."""
+    classes: tuple[ClassEntry, ...]
+    files: tuple[FileEntry, ...]
+    create_time: datetime
+    report: TaskReport
+
+    def file(self, name: str) -> FileEntry | None:
+        """Return the entry called ``name``, or None."""
+        return next((entry for entry in self.files if entry.name == name), None)
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What the model knows about one attention layer whose ``qkv`` maps d to 3a.
+
+    Attributes:
+        key_value: (2a, d) float32, the merged K rows, then V rows of ``qkv.weight``.
+        basis: (d, d) Q, orthonormal columns; the first ``protected`` span the gradient memory M.
+        protected: k, the number of protected directions.
+        moment: (d, d) running second moment C_old of all old tasks' inputs, mean over tokens.
+        tokens: How many tokens ``moment`` is the mean of.
+    """
+
+    key_value: Array
+    basis: Array
+    protected: int
+    moment: Array
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What one task adds to one layer: ``float32(float64(key_value) + expansion @ reduction)``.
+
+    Attributes:
+        expansion: (2a, r) float32, A_t: rows of K, then of V.
+        reduction: (r, d) float32, B_t.
+    """
+
+    expansion: Array
+    reduction: Array
+
+
+@dataclass(frozen=True)
+class ContinualModel:
+    """All that learning has changed so far; the frozen backbone is kept beside it.
+
+    Attributes:
+        layers: By layer name, first to last.
+        head_weight: (classes, e) float32.
+        head_bias: (classes,) float32.
+        classes: The class table; position i is logit i.
+        tasks: Number of tasks learned, t.
+        version: The version this state was read from, or None before the first task.
+    """
+
+    layers: dict[str, LayerState]
+    head_weight: Array
+    head_bias: Array
+    classes: tuple[ClassEntry, ...] = ()
+    tasks: int = 0
+    version: int | None = None
+
+    def columns_of(self, task: str) -> list[int]:
+        """Return the positions of the classes that ``task`` taught."""
+        return [i for i, entry in enumerate(self.classes) if entry.task == task]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What ``learn_task`` returns: the new state, and what this task added to the old one."""
+
+    model: ContinualModel
+    factors: dict[str, Factors]
+    report: TaskReport
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """How to build a backbone, in the form of a timm hub ``config.json``.
+
+    Attributes:
+        architecture: timm's name of the model.
+        model_args: Arguments of ``timm.create_model`` beyond the name.
+        pretrained_cfg: timm's data configuration: ``input_size`` (c, h, w), ``mean``, ``std``,
+            ``interpolation``, ``crop_pct``, ``crop_mode``.
+        layers: Names of the attention layers, first to last.
+        embedding_size: e, width of the final features.
+    """
+
+    architecture: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    layers: tuple[str, ...] = ()
+    embedding_size: int = 0
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a decoded image to model-sized pixels, as the backbone's own configuration has it.
+
+    Resize so that the shorter side is ``resize`` (``crop_mode`` "center"), or both sides are
+    ("squash"); crop the middle ``height`` x ``width``; scale to 0..1; subtract ``mean``, divide
+    by ``std``.
+    """
+
+    height: int
+    width: int
+    resize_height: int
+    resize_width: int
+    interpolation: str
+    crop_mode: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass
+class LabelledImages:
+    """A task's decoded images. ``images`` (n, S, S', 3) uint8, ``labels`` (n,) int64 into ``names``."""
+
+    images: Array
+    labels: Array
+    names: tuple[str, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+
+def now() -> datetime:
+    """Return the present time in UTC, to the microsecond, as records keep it."""
+    return datetime.now(UTC)
+
+
+def empty_head(embedding_size: int) -> tuple[Array, Array]:
+    """Return weight (0, e) and bias (0,) of a head that knows no class."""
+    return np.zeros((0, embedding_size), np.float32), np.zeros(0, np.float32)

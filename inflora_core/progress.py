@@ -1,0 +1,73 @@
+"""From the learner's steps to ``Progress`` for people who wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from inflora_core.model import Progress, Stage
+
+# Cost of a stage in passes over the task's images, one pass forward being 1: how far the bar moves.
+_WEIGHTS = {
+    Stage.DECODING: 1.0,
+    Stage.DESIGNING: 1.0,
+    Stage.TRAINING: 3.0,  # for each epoch: forward, and backward at twice its cost
+    Stage.EXTENDING: 1.0,
+    Stage.MERGING: 0.2,
+    Stage.EXPORTING: 0.3,
+    Stage.CHECKING: 0.5,
+    Stage.PUBLISHING: 0.2,
+}
+
+
+class Tracker:
+    """Turns stages and steps into ``Progress``, and measures each stage.
+
+    Args:
+        epochs: Epochs of training to come.
+        on_progress: Called at every step; may raise ``CancelledError`` to stop the learner.
+
+    Attributes:
+        seconds: Wall-clock seconds of each stage that has ended, in order.
+        losses: Loss of every training step, by epoch.
+    """
+
+    def __init__(self, epochs: int, on_progress: Callable[[Progress], None] | None = None) -> None:
+        self.seconds: dict[Stage, float] = {}
+        self.losses: list[list[float]] = []
+        self._epochs = epochs
+        self._on_progress = on_progress
+        self._stage: Stage | None = None
+        self._since = 0.0
+        self._weights = dict(_WEIGHTS)
+        self._weights[Stage.TRAINING] *= epochs
+
+    def start(self, stage: Stage) -> None:
+        """End the stage before, and begin ``stage``."""
+        self.finish()
+        self._stage, self._since = stage, time.monotonic()
+        self.step(0.0)
+
+    def finish(self) -> None:
+        """End the running stage."""
+        if self._stage is not None:
+            self.seconds[self._stage] = time.monotonic() - self._since
+            self._stage = None
+
+    def step(self, share: float) -> None:
+        """Report that ``share`` (0 to 1) of the running stage is done."""
+        if self._on_progress is None or self._stage is None:
+            return
+        stages = list(self._weights)
+        done = sum(self._weights[stage] for stage in stages[: stages.index(self._stage)])
+        done += share * self._weights[self._stage]
+        recent = self.losses[-1] if self.losses else []
+        self._on_progress(
+            Progress(
+                stage=self._stage,
+                fraction=min(done / sum(self._weights.values()), 1.0),
+                epoch=len(self.losses),
+                epochs=self._epochs,
+                loss=sum(recent) / len(recent) if recent else 0.0,
+            )
+        )

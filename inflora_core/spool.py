@@ -1,0 +1,124 @@
+"""A task's examples on disk, between upload and learning. No torch.
+
+A spool is a folder of two files:
+
+    images.bin       the encoded images, end to end
+    examples.jsonl   one line for each image, in order:
+                     {"label": "cat", "offset": 0, "size": 4711, "sha256": "..."}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from inflora_core.errors import DamagedError
+
+
+@dataclass(frozen=True)
+class SpoolSummary:
+    """What a finished spool holds.
+
+    Attributes:
+        labels: Classes in the order of their first image.
+        counts: Images of each class.
+        size: Encoded bytes of all images.
+        sha256: Of the sequence of (label, sha256 of the image): equal for equal uploads.
+    """
+
+    labels: tuple[str, ...]
+    counts: tuple[int, ...]
+    size: int
+    sha256: str
+
+
+class SpoolWriter:
+    """Writes one spool; a context manager that removes the folder unless ``finish`` was called."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make ``folder``, which must not exist."""
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.count = 0
+        self.size = 0
+        self._counts: dict[str, int] = {}
+        self._digest = hashlib.sha256()
+        self._images = (folder / "images.bin").open("wb")
+        self._index = (folder / "examples.jsonl").open("w", encoding="utf-8")
+        self._finished = False
+
+    def __enter__(self) -> SpoolWriter:
+        """Return self."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the files; remove them all if the spool is not finished."""
+        self._images.close()
+        self._index.close()
+        if not self._finished:
+            shutil.rmtree(self.folder)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes so far."""
+        return len(self._counts)
+
+    def add(self, image: bytes, label: str) -> None:
+        """Append one encoded image."""
+        sha256 = hashlib.sha256(image).hexdigest()
+        row = {"label": label, "offset": self.size, "size": len(image), "sha256": sha256}
+        line = json.dumps(row, ensure_ascii=False)
+        self._images.write(image)
+        self._index.write(line + "\n")
+        self._digest.update(json.dumps([label, sha256]).encode())
+        self._counts[label] = self._counts.get(label, 0) + 1
+        self.count += 1
+        self.size += len(image)
+
+    def finish(self) -> SpoolSummary:
+        """Flush everything to the disk; from now on a power cut loses nothing."""
+        for file in (self._images, self._index):
+            file.flush()
+            os.fsync(file.fileno())
+        for folder in (self.folder, self.folder.parent):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        self._finished = True
+        return SpoolSummary(
+            tuple(self._counts), tuple(self._counts.values()), self.size, self._digest.hexdigest()
+        )
+
+
+def read_spool(folder: Path) -> Iterator[tuple[bytes, str]]:
+    """Yield (encoded image, label) in order.
+
+    Raises:
+        DamagedError: a file is missing, cut short, or an image does not have its checksum.
+    """
+    try:
+        with (
+            (folder / "images.bin").open("rb") as images,
+            (folder / "examples.jsonl").open(encoding="utf-8") as index,
+        ):
+            for line in index:
+                row = json.loads(line)
+                image = images.read(row["size"])
+                if hashlib.sha256(image).hexdigest() != row["sha256"]:
+                    raise DamagedError(f"an image in {folder} does not have its checksum")
+                yield image, row["label"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedError(f"the spool {folder} cannot be read: {error}") from error

@@ -1,0 +1,414 @@
+"""Immutable versions in a directory. No torch.
+
+    FORMAT                               the store's format number
+    backbones/{sha256}/                  the frozen backbone, once per store
+        weights.safetensors              float32; its metadata holds the configuration
+        template.onnx                    the graph that every version's file is made from
+        manifest.json                    size and sha256 of both
+    models/default/
+        backbone                         sha256 of the backbone in use
+        CURRENT                          number of the current version
+        versions/00000001/
+            factors.safetensors          A_t and B_t of the version's task
+            head.safetensors             weight and bias of all classes
+            memory.safetensors           Q, k and C_old of every layer
+            model.onnx                   derived: template + merged weights + head
+            manifest.json                a ``Version``: parent, task, classes, report, sha256s
+    drafts/                              what is being written; emptied when a learner opens it
+
+Everything is written to ``drafts``, flushed to the disk, and renamed into its place, so that a
+reader sees a version whole or not at all. K and V weights are not stored: they are the backbone's
+with the factors of the version's ancestors merged in order, rounded to float32 after each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load, load_file, save
+
+from inflora_core.errors import (
+    DamagedError,
+    InvalidInputError,
+    NotFoundError,
+    StateError,
+    StoreFormatError,
+)
+from inflora_core.merge import merge
+from inflora_core.model import (
+    Array,
+    BackboneConfig,
+    ContinualModel,
+    Factors,
+    FileEntry,
+    LayerState,
+    Learned,
+    Version,
+    empty_head,
+    now,
+)
+
+FORMAT = 1
+MODEL = "default"
+ONNX_FILE = "model.onnx"
+
+_VERSION = TypeAdapter(Version)
+_CONFIG = TypeAdapter(BackboneConfig)
+_FILES = TypeAdapter(tuple[FileEntry, ...])
+
+
+@dataclass(frozen=True)
+class StoredBackbone:
+    """The frozen backbone in the store; both files were checked when it was opened."""
+
+    sha256: str
+    config: BackboneConfig
+    weights_path: Path
+    template_path: Path
+
+
+class Store:
+    """A directory of versions of one model, ``default``. Safe for many readers and one writer."""
+
+    def __init__(self, root: Path) -> None:
+        """Use ``Store.open``."""
+        self.root = root
+        self._model = root / "models" / MODEL
+        self._versions = self._model / "versions"
+        self._drafts = root / "drafts"
+
+    @classmethod
+    def open(cls, root: str | os.PathLike[str]) -> Store:
+        """Open the store at ``root``, made if there is none.
+
+        Raises:
+            InvalidInputError: ``root`` is a file, or a folder with other things in it.
+            StoreFormatError: a newer release wrote it.
+        """
+        path = Path(root)
+        if path.exists() and not path.is_dir():
+            raise InvalidInputError(f"{path} is not a folder", field="store")
+        marker = path / "FORMAT"
+        if not marker.exists():
+            if path.is_dir() and any(entry.name != "lost+found" for entry in path.iterdir()):
+                raise InvalidInputError(
+                    f"{path} has no FORMAT file, so it is not a store, and it is not empty",
+                    field="store",
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            _write(marker, json.dumps({"format": FORMAT}).encode() + b"\n")
+        try:
+            number = int(json.loads(marker.read_text())["format"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedError(f"{marker} cannot be read: {error}") from error
+        if number > FORMAT:
+            raise StoreFormatError(
+                f"{path} has store format {number}; this release reads up to {FORMAT}. "
+                "Use the release that wrote it, or a newer one."
+            )
+        store = cls(path)
+        for folder in (store._versions, store._drafts, path / "backbones"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return store
+
+    def clear_drafts(self) -> None:
+        """Remove what an interrupted writer left. Only the one writer may call this."""
+        for draft in self._drafts.iterdir():
+            shutil.rmtree(draft)
+
+    # -- the backbone -----------------------------------------------------------------------
+
+    def set_backbone(
+        self, config: BackboneConfig, weights: Mapping[str, Array], template: bytes
+    ) -> StoredBackbone:
+        """Keep the frozen backbone and its ONNX template; a store has one for life.
+
+        Args:
+            config: How the backbone is built; its ``layers`` name the attention layers.
+            weights: float32 arrays by parameter name, fused ``{layer}.qkv.weight`` among them.
+            template: The ONNX graph whose initializers a version replaces.
+        """
+        if self.has_backbone():
+            raise StateError("the store has a backbone already")
+        # Of non-contiguous arrays safetensors writes scrambled data without a word.
+        arrays = {name: np.ascontiguousarray(value) for name, value in weights.items()}
+        content = save(arrays, {"config": _CONFIG.dump_json(config).decode()})
+        sha256 = hashlib.sha256(content).hexdigest()
+        final = self.root / "backbones" / sha256
+        if not final.exists():
+            files = {"weights.safetensors": content, "template.onnx": template}
+            entries = tuple(_entry(name, data) for name, data in files.items())
+            self._commit(files | {"manifest.json": _FILES.dump_json(entries, indent=1)}, final)
+        _replace(self._model / "backbone", f"{sha256}\n".encode())
+        return self.backbone()
+
+    def has_backbone(self) -> bool:
+        """Whether a backbone was set."""
+        return (self._model / "backbone").exists()
+
+    def backbone(self) -> StoredBackbone:
+        """Return the frozen backbone.
+
+        Raises:
+            StateError: none was set yet.
+            DamagedError: a file of it is missing or does not have its checksum.
+        """
+        if not self.has_backbone():
+            raise StateError("the store has no backbone yet")
+        sha256 = (self._model / "backbone").read_text().strip()
+        folder = self.root / "backbones" / sha256
+        try:
+            entries = _FILES.validate_json((folder / "manifest.json").read_bytes())
+        except (OSError, ValidationError) as error:
+            raise DamagedError(f"the backbone in {folder} cannot be read: {error}") from error
+        for entry in entries:
+            _check(folder, entry)
+        weights = folder / "weights.safetensors"
+        with safe_open(weights, "numpy") as file:
+            config = _CONFIG.validate_json(file.metadata()["config"])
+        return StoredBackbone(sha256, config, weights, folder / "template.onnx")
+
+    def load_weights(self, backbone: StoredBackbone) -> dict[str, Array]:
+        """Return the frozen weights, float32, by parameter name."""
+        return load_file(backbone.weights_path)
+
+    def initial_model(self, backbone: StoredBackbone) -> ContinualModel:
+        """Return the state before the first task: nothing protected, no class known."""
+        layers = {}
+        with safe_open(backbone.weights_path, "numpy") as file:
+            for name in backbone.config.layers:
+                layers[name] = initial_layer(file.get_tensor(f"{name}.qkv.weight"))
+        return ContinualModel(layers, *empty_head(backbone.config.embedding_size))
+
+    # -- versions ---------------------------------------------------------------------------
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of all versions, oldest first."""
+        return sorted(int(folder.name) for folder in self._versions.iterdir())
+
+    def version(self, number: int) -> Version:
+        """Return the manifest of version ``number``.
+
+        Raises:
+            NotFoundError: there is no such version.
+            DamagedError: its manifest cannot be read.
+        """
+        path = self._folder(number) / "manifest.json"
+        try:
+            return _VERSION.validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise NotFoundError(f"there is no version {number}", field="name") from error
+        except ValidationError as error:
+            raise DamagedError(f"{path} cannot be read: {error}") from error
+
+    def version_of_task(self, task: str) -> int | None:
+        """Return the version that ``task`` made, or None. A task makes at most one."""
+        return next((n for n in reversed(self.numbers()) if self.version(n).task == task), None)
+
+    def current(self) -> int | None:
+        """Return the number of the current version, or None before the first."""
+        try:
+            return int((self._model / "CURRENT").read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise DamagedError(f"{self._model / 'CURRENT'} is not a number") from error
+
+    def set_current(self, number: int) -> None:
+        """Make version ``number`` current. The caller has verified it."""
+        self.version(number)
+        _replace(self._model / "CURRENT", f"{number}\n".encode())
+
+    def verify(self, number: int) -> Version:
+        """Return the manifest after checking size and sha256 of every file of the version.
+
+        Raises:
+            NotFoundError: there is no such version.
+            DamagedError: naming the first file that is not what it was.
+        """
+        version = self.version(number)
+        for entry in version.files:
+            _check(self._folder(number), entry)
+        return version
+
+    def path(self, number: int, name: str) -> Path:
+        """Return the path of file ``name`` of version ``number``, if its manifest lists it.
+
+        Raises:
+            NotFoundError: there is no such version or file. A name with a path in it is never
+                in a manifest, so it cannot lead out of the store.
+        """
+        if self.version(number).file(name) is None:
+            raise NotFoundError(f"version {number} has no artifact {name!r}", field="artifact")
+        return self._folder(number) / name
+
+    def load_model(self, number: int | None) -> ContinualModel:
+        """Return the state of version ``number``, or the initial one for None.
+
+        Raises:
+            NotFoundError: there is no such version.
+            DamagedError: a file of it, of an ancestor or of the backbone is damaged.
+        """
+        start = self.initial_model(self.backbone())
+        if number is None:
+            return start
+        lineage, ancestor = [], number
+        while ancestor is not None:
+            lineage.append(self.version(ancestor))
+            ancestor = lineage[-1].parent  # type: ignore[assignment]
+        merged = {name: layer.key_value for name, layer in start.layers.items()}
+        for version in reversed(lineage):
+            factors = self._tensors(version, "factors.safetensors")
+            for name in merged:
+                if f"{name}.expansion" in factors:
+                    pair = Factors(factors[f"{name}.expansion"], factors[f"{name}.reduction"])
+                    merged[name] = merge(merged[name], pair)
+        newest = lineage[0]
+        memory, head = (
+            self._tensors(newest, "memory.safetensors"),
+            self._tensors(newest, "head.safetensors"),
+        )
+        layers = {
+            name: LayerState(
+                key_value=key_value,
+                basis=memory[f"{name}.basis"],
+                protected=int(memory[f"{name}.protected"]),
+                moment=memory[f"{name}.moment"],
+                tokens=int(memory[f"{name}.tokens"]),
+            )
+            for name, key_value in merged.items()
+        }
+        return ContinualModel(
+            layers, head["weight"], head["bias"], newest.classes, len(lineage), number
+        )
+
+    def next_number(self) -> int:
+        """Return the number that ``publish`` will give."""
+        return max(self.numbers(), default=0) + 1
+
+    def publish(self, learned: Learned, task: str, onnx: bytes) -> Version:
+        """Make ``learned`` a version, durable and whole, but not yet current.
+
+        Args:
+            learned: The state; ``learned.model.version`` names the parent.
+            task: Id of the task that was learned.
+            onnx: The merged model.
+        """
+        number = self.next_number()
+        factors, memory = {}, {}
+        for name, layer in learned.model.layers.items():
+            memory[f"{name}.basis"] = layer.basis
+            memory[f"{name}.protected"] = np.asarray(layer.protected, np.int64)
+            memory[f"{name}.moment"] = layer.moment
+            memory[f"{name}.tokens"] = np.asarray(layer.tokens, np.int64)
+            if name in learned.factors:
+                factors[f"{name}.expansion"] = learned.factors[name].expansion
+                factors[f"{name}.reduction"] = learned.factors[name].reduction
+        head = {"weight": learned.model.head_weight, "bias": learned.model.head_bias}
+        files = {
+            "factors.safetensors": _save(factors),
+            "head.safetensors": _save(head),
+            "memory.safetensors": _save(memory),
+            ONNX_FILE: onnx,
+        }
+        version = Version(
+            number=number,
+            parent=learned.model.version,
+            task=task,
+            backbone=(self._model / "backbone").read_text().strip(),
+            classes=learned.model.classes,
+            files=tuple(_entry(name, data) for name, data in files.items()),
+            create_time=now(),
+            report=learned.report,
+        )
+        manifest = {"manifest.json": _VERSION.dump_json(version, indent=1)}
+        self._commit(files | manifest, self._folder(number))
+        return version
+
+    def _folder(self, number: int) -> Path:
+        return self._versions / f"{number:08d}"
+
+    def _tensors(self, version: Version, name: str) -> dict[str, Array]:
+        entry = version.file(name)
+        if entry is None:
+            raise DamagedError(f"version {version.number} lists no {name}")
+        try:
+            return load(_check(self._folder(version.number), entry))
+        except SafetensorError as error:
+            raise DamagedError(f"{name} of version {version.number}: {error}") from error
+
+    def _commit(self, files: Mapping[str, bytes], final: Path) -> None:
+        draft = self._drafts / uuid.uuid4().hex
+        draft.mkdir()
+        for name, data in files.items():
+            _write(draft / name, data)
+        _sync_folder(draft)
+        os.rename(draft, final)
+        _sync_folder(final.parent)
+
+
+def initial_layer(qkv_weight: Array) -> LayerState:
+    """Return the state of a layer before the first task.
+
+    Args:
+        qkv_weight: (3a, d) float32 rows of Q, K, V.
+    """
+    rows, d = qkv_weight.shape
+    return LayerState(
+        key_value=np.ascontiguousarray(qkv_weight[rows // 3 :], np.float32),
+        basis=np.eye(d, dtype=np.float32),
+        protected=0,
+        moment=np.zeros((d, d), np.float32),
+        tokens=0,
+    )
+
+
+def _save(arrays: Mapping[str, Array]) -> bytes:
+    return save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+
+
+def _entry(name: str, data: bytes) -> FileEntry:
+    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _check(folder: Path, entry: FileEntry) -> bytes:
+    path = folder / entry.name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    if _entry(entry.name, data) != entry:
+        raise DamagedError(f"{path} does not have the checksum in its manifest")
+    return data
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    _write(draft, data)
+    os.replace(draft, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,232 @@
+"""The learning worker: a process of its own, so that nothing in it can touch Predict.
+
+    python -m inflora_core.worker --store DIR [--device auto] [--threads 0]
+
+Commands come as JSON lines on standard input, events leave as JSON lines on standard output:
+
+    {"command": "prepare", "backbone": "bundled", "architecture": null}
+    {"command": "learn", "task": "...", "spool": "...", "settings": {...}, "parent": 3}
+    {"command": "cancel", "task": "..."}
+
+    {"event": "ready"}                                imports are done
+    {"event": "prepared"}                             the store has its backbone
+    {"event": "progress", "task": "...", "stage": "TRAINING", "fraction": 0.4, "epoch": 2, ...}
+    {"event": "learned", "task": "...", "version": 4} durable in the store, not yet current
+    {"event": "failed", "task": "..." or null, "reason": "...", "message": "...", "field": "..."}
+    {"event": "cancelled", "task": "..."}
+
+The end of standard input means that the server is gone; the worker ends at once. It can be killed at
+any moment: a version is in the store whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from inflora_core import bundled
+from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
+from inflora_core.config import LearnConfig, Limits
+from inflora_core.errors import CancelledError, InfloraError, LimitExceededError
+from inflora_core.export import check_parity, export_template
+from inflora_core.graph import materialise
+from inflora_core.images import decode
+from inflora_core.learner import before_merging, learn_task
+from inflora_core.model import Array, ContinualModel, LabelledImages, Progress, Stage
+from inflora_core.progress import Tracker
+from inflora_core.spool import read_spool
+from inflora_core.store import Store
+
+log = logging.getLogger(__name__)
+
+PARITY_IMAGES = 64
+"""Images of a task on which ONNX and torch are compared: enough to see any error of the merge."""
+
+
+class Worker:
+    """Learns tasks one after the other and keeps model and backbone warm between them."""
+
+    def __init__(self, store: Store, device: torch.device, threads: int) -> None:
+        self._store = store
+        self._device = device
+        self._threads = threads
+        self._backbone: Backbone | None = None
+        self._newest: ContinualModel | None = None
+
+    def prepare(self, source: str, architecture: str | None) -> None:
+        """Give the store its backbone, unless it has one."""
+        if self._store.has_backbone():
+            return
+        path = str(bundled.PATH) if source == "bundled" else source
+        backbone = create_backbone(path, architecture=architecture)
+        template = export_template(backbone)
+        self._store.set_backbone(backbone.config, state_of(backbone), template)
+
+    def learn(
+        self, task: str, spool: Path, config: LearnConfig, parent: int | None, tracker: Tracker
+    ) -> int:
+        """Learn the images in ``spool`` on top of version ``parent``; return the new version."""
+        done = self._store.version_of_task(task)
+        if done is not None:
+            return done
+        tracker.start(Stage.DECODING)
+        backbone, before = self._load(parent)
+        data, originals = self._decode(spool, backbone, tracker)
+        learned = learn_task(before, backbone, data, task, config, tracker)
+
+        tracker.start(Stage.EXPORTING)
+        template = self._store.backbone().template_path.read_bytes()
+        onnx = materialise(template, learned.model, self._store.next_number())
+
+        tracker.start(Stage.CHECKING)
+        pixels = backbone.normalise(torch.from_numpy(data.images[: len(originals)]))
+        with before_merging(backbone, before, learned) as logits:
+            parity = check_parity(onnx, logits, pixels, originals, backbone)
+
+        tracker.start(Stage.PUBLISHING)
+        learned = replace(learned, report=replace(learned.report, parity=parity))
+        number = self._store.publish(learned, task, onnx).number
+        self._newest = replace(learned.model, version=number)
+        return number
+
+    def _load(self, parent: int | None) -> tuple[Backbone, ContinualModel]:
+        if self._backbone is None:
+            stored = self._store.backbone()
+            backbone = build_backbone(stored.config, self._store.load_weights(stored))
+            backbone.module.to(self._device)
+            self._backbone = backbone
+        if self._newest is None or self._newest.version != parent:
+            self._newest = self._store.load_model(parent)
+        return self._backbone, self._newest
+
+    def _decode(
+        self, spool: Path, backbone: Backbone, tracker: Tracker
+    ) -> tuple[LabelledImages, list[Array]]:
+        """Return the task's images at model size, and the first few as they came."""
+        examples = list(read_spool(spool))
+        names = tuple(dict.fromkeys(label for _, label in examples))
+        limits, originals = Limits(), []
+
+        def bring_to_size(image: bytes) -> tuple[Array, Array]:
+            original = decode(image, limits)
+            return original, backbone.resize(original)
+
+        rows = []
+        with ThreadPoolExecutor(self._threads) as pool:
+            for original, resized in pool.map(bring_to_size, [image for image, _ in examples]):
+                if len(originals) < PARITY_IMAGES:
+                    originals.append(original)
+                rows.append(resized)
+                tracker.step(len(rows) / len(examples))
+        labels = np.array([names.index(label) for _, label in examples], np.int64)
+        return LabelledImages(np.stack(rows), labels, names), originals
+
+
+class Channel:
+    """The worker's end of the two pipes."""
+
+    def __init__(self, commands: TextIO, events: TextIO) -> None:
+        self._events = events
+        self._todo: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._cancelled: set[str] = set()
+        threading.Thread(target=self._read, args=(commands,), daemon=True).start()
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Send one event."""
+        self._events.write(json.dumps({"event": event, **fields}) + "\n")
+        self._events.flush()
+
+    def commands(self) -> Iterator[dict[str, Any]]:
+        """Yield commands other than cancel, for ever."""
+        while True:
+            yield self._todo.get()
+
+    def report(self, task: str, progress: Progress) -> None:
+        """Send progress of ``task``; raise ``CancelledError`` once it was cancelled."""
+        # Not while publishing: the version may be durable already.
+        if task in self._cancelled and progress.stage is not Stage.PUBLISHING:
+            raise CancelledError("cancelled on request")
+        self.send("progress", task=task, **asdict(progress))
+
+    def _read(self, commands: TextIO) -> None:
+        for line in commands:
+            command = json.loads(line)
+            if command["command"] == "cancel":
+                self._cancelled.add(command["task"])
+            else:
+                self._todo.put(command)
+        # Not sys.exit: that would end this thread only, and training would go on without a server.
+        os._exit(0)
+
+
+def serve(worker: Worker, channel: Channel) -> None:
+    """Carry out commands until the server is gone."""
+    channel.send("ready")
+    for command in channel.commands():
+        task = command.get("task")
+        try:
+            if command["command"] == "prepare":
+                worker.prepare(command["backbone"], command["architecture"])
+                channel.send("prepared")
+            else:
+                config = LearnConfig.model_validate(command["settings"])
+                tracker = Tracker(config.epochs, lambda step, task=task: channel.report(task, step))
+                spool = Path(command["spool"])
+                number = worker.learn(task, spool, config, command["parent"], tracker)
+                channel.send("learned", task=task, version=number)
+        except CancelledError:
+            channel.send("cancelled", task=task)
+        except (MemoryError, torch.OutOfMemoryError):
+            log.exception("out of memory")
+            _fail(channel, task, LimitExceededError("out of memory; try a smaller batch_size"))
+        except InfloraError as error:
+            _fail(channel, task, error)
+        except Exception as error:  # the worker must outlive any task
+            log.exception("task %s failed", task)
+            _fail(channel, task, InfloraError(f"{type(error).__name__}: {error}"))
+
+
+def _fail(channel: Channel, task: str | None, error: InfloraError) -> None:
+    channel.send(
+        "failed", task=task, reason=error.reason, message=error.message, field=error.field
+    )
+
+
+def main() -> None:
+    """Read the command line and serve."""
+    parser = argparse.ArgumentParser(description="InfLoRA learning worker; started by the server.")
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="0: one for each processor")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s")
+    # Libraries print to standard output; only events may.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    channel = Channel(sys.stdin, events)
+    os.nice(10)
+    threads = args.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    store = Store.open(args.store)
+    store.clear_drafts()
+    serve(Worker(store, torch.device(name), threads), channel)
+
+
+if __name__ == "__main__":
+    main()
