@@ -1,0 +1,186 @@
+# Every target makes the environment it needs. What a machine must have: python3 (3.11 or later),
+# make and git. uv is taken from PATH, or else installed under .cache.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.DEFAULT_GOAL := help
+
+# Variables of the command line: `make demo DATA=folder BACKBONE=name-or-file`.
+# A Python to build the environment with (anything `uv venv --python` takes):
+PYTHON ?= >=3.11
+# More flags for pytest, for example PYTEST="-n 2 -k memory":
+PYTEST ?=
+DATA ?=
+BACKBONE ?=
+PRESET ?=
+EPOCHS ?=
+# GPU=1 uses an environment of its own, with onnxruntime-gpu in place of onnxruntime:
+GPU ?=
+
+VENV := $(if $(GPU),.venv-gpu,.venv)
+LOCK := $(if $(GPU),requirements-gpu.lock,requirements.lock)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+UV_VERSION := 0.13.9
+UV := $(or $(shell command -v uv 2>/dev/null),.cache/uv/bin/uv)
+export UV_PYTHON_DOWNLOADS := never
+
+# Stubs come from an older, pinned generator: its output loads on protobuf 6.31 to 7.x, whereas that
+# of grpcio-tools 1.85 demands protobuf >= 7.35.
+STUB_TOOLS := --with grpcio-tools==1.76.0 --with mypy-protobuf==5.1.0
+PROTOC = $(UV) run --quiet --isolated --no-project --python '$(PYTHON)' $(STUB_TOOLS) \
+	python -m grpc_tools.protoc
+PROTOS := $(sort $(wildcard proto/inflora/*/*.proto))
+GOOGLEAPIS := build/googleapis
+STUBS := build/stubs
+
+##@ Use
+
+.PHONY: help
+help: ## show this list
+	@awk 'BEGIN {FS = ":.*## "} \
+		/^##@ / {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: $(READY) ## serve, learn five tasks, predict all along, export (DATA=, BACKBONE=)
+	$(BIN)/python -m tests.benchmarks.demo $(call flag,data,$(DATA)) $(call flag,backbone,$(BACKBONE))
+
+.PHONY: bench
+bench: bench-stream ## all benchmarks
+
+.PHONY: bench-stream
+bench-stream: $(READY) ## learn a stream through the real server (DATA=, BACKBONE=, PRESET=, EPOCHS=)
+	$(BIN)/python -m tests.benchmarks.stream $(call flag,data,$(DATA)) \
+		$(call flag,backbone,$(BACKBONE)) $(call flag,preset,$(PRESET)) $(call flag,epochs,$(EPOCHS))
+
+.PHONY: gpu-report
+gpu-report: $(READY) ## what the GPU of this machine does (GPU=1)
+	$(BIN)/python -m tests.benchmarks.gpu_report
+
+# $(call flag,name,value): --name 'value', or nothing without a value.
+flag = $(if $(strip $(2)),--$(1) '$(strip $(2))')
+
+##@ Develop
+
+.PHONY: venv
+venv: $(READY) ## only make the environment, .venv
+
+.PHONY: test
+test: $(READY) ## all tests but the slow ones (PYTEST=flags)
+	$(BIN)/python -m pytest tests -m "not slow" $(PYTEST)
+
+.PHONY: test-golden
+test-golden: $(READY) ## the recorded numbers of the published code
+	$(BIN)/python -m pytest tests/golden $(PYTEST)
+
+.PHONY: check
+check: check-style check-types check-imports check-stubs check-proto check-lock ## all checks
+
+.PHONY: check-style
+check-style: $(READY) ## ruff: lint and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+.PHONY: check-types
+check-types: $(READY) ## mypy, strict
+	$(BIN)/mypy
+
+.PHONY: check-imports
+check-imports: $(READY) ## import-linter: dependencies point one way
+	$(BIN)/lint-imports
+
+.PHONY: check-stubs
+check-stubs: $(STUBS)/.made ## the committed stubs are those of the .proto files
+	@diff -r -x .made -x __pycache__ -x py.typed -x '*.proto' proto $(STUBS) \
+		|| { echo "error: the stubs under proto/ are not those of the .proto files: run 'make proto'" >&2; exit 1; }
+	@echo "stubs: up to date"
+
+.PHONY: check-proto
+check-proto: $(GOOGLEAPIS)/.made ## buf: lint, format, and breaking against the last release
+	$(BIN)/buf lint
+	@$(BIN)/buf format --diff --exit-code proto \
+		|| { echo "error: .proto files are not formatted: run 'make format'" >&2; exit 1; }
+	@if ! git rev-parse --git-dir >/dev/null 2>&1; then \
+		echo "error: buf breaking compares with the last release, and this is no git repository" >&2; exit 1; \
+	fi; \
+	tag=$$(git tag --list 'v[0-9]*' --sort=-version:refname | head -n 1); \
+	if [ -z "$$tag" ]; then \
+		echo "buf breaking: there is no release tag (v*) to compare with"; \
+	else \
+		echo "buf breaking against $$tag"; \
+		rm -rf build/release && mkdir -p build/release/build; \
+		git archive "$$tag" buf.yaml proto | tar -x -C build/release; \
+		cp -R $(GOOGLEAPIS) build/release/build/; \
+		$(BIN)/buf breaking --against build/release; \
+	fi
+
+.PHONY: check-lock
+check-lock: $(READY) ## the lock satisfies pyproject.toml, extras included
+	@said=$$($(UV) pip install --dry-run --offline --python $(BIN)/python -r pyproject.toml \
+		--extra learner --extra $(if $(GPU),gpu,cpu) --extra dev 2>&1) || true; \
+	[[ "$$said" == *"Would make no changes"* ]] || { echo "$$said" >&2; \
+		echo "error: $(LOCK) does not satisfy pyproject.toml: run 'make lock'" >&2; exit 1; }
+	@echo "lock: satisfies pyproject.toml"
+
+.PHONY: format
+format: $(READY) ## format, and fix what ruff can fix
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/buf format --write proto
+
+.PHONY: proto
+proto: $(STUBS)/.made ## regenerate the stubs beside the .proto files
+	find proto \( -name '*_pb2*.py' -o -name '*_pb2*.pyi' \) -delete
+	cp -R $(STUBS)/inflora proto/
+
+.PHONY: lock
+lock: $(UV) ## resolve the dependencies again (UPGRADE=1: to their newest versions)
+	$(call compile,cpu,requirements.lock)
+	$(call compile,gpu,requirements-gpu.lock)
+
+# $(call compile,extra,file): names, versions and hashes for every platform, and no addresses.
+UPGRADE ?=
+compile = $(UV) pip compile pyproject.toml --quiet --universal --generate-hashes \
+	--python-version 3.11 --no-emit-index-url --custom-compile-command 'make lock' \
+	--extra learner --extra $(1) --extra dev $(if $(UPGRADE),--upgrade) --output-file $(2)
+
+.PHONY: clean
+clean: ## remove everything that was made here, the environment included
+	rm -rf .cache .venv .venv-gpu build dist .hypothesis .import_linter_cache .mypy_cache \
+		.pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What the targets above are made of.
+
+# Cheap when nothing changed; brings an existing environment up to date when something did.
+$(READY): pyproject.toml $(LOCK) | $(UV)
+	@test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python '$(PYTHON)' $(VENV)
+	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.cache/uv/bin/uv:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: python3 (3.11 or later) is needed on PATH" >&2; exit 1; }
+	@echo "installing uv $(UV_VERSION) under .cache/uv"
+	@rm -rf .cache/uv && python3 -m venv .cache/uv \
+		|| { rm -rf .cache/uv; echo "error: python3 -m venv fails; install uv, or Python's venv" >&2; exit 1; }
+	@.cache/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+# The google/rpc files that ours import, from the installed googleapis-common-protos.
+$(GOOGLEAPIS)/.made: $(READY)
+	@rm -rf $(@D) && mkdir -p $(@D)/google/rpc
+	@rpc=$$($(BIN)/python -c 'import google.rpc; print(list(google.rpc.__path__)[0])'); \
+		cp "$$rpc"/{code,error_details,status}.proto $(@D)/google/rpc/
+	@touch $@
+
+$(STUBS)/.made: $(PROTOS) $(GOOGLEAPIS)/.made Makefile
+	@test -n "$(PROTOS)" || { echo "error: there are no .proto files under proto/inflora" >&2; exit 1; }
+	@rm -rf $(@D) && mkdir -p $(@D)
+	$(PROTOC) -I proto -I $(GOOGLEAPIS) --python_out=$(@D) --grpc_python_out=$(@D) \
+		--mypy_out=quiet:$(@D) --mypy_grpc_out=quiet:$(@D) $(PROTOS:proto/%=%)
+	@touch $@
