@@ -415,7 +415,9 @@ def _stated_data(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _default_data(module: nn.Module) -> dict[str, Any]:
-    return _stated_data(resolve_data_config({}, model=module))
+    """Return the data configuration of timm's weights for this architecture, but for the size."""
+    data = _stated_data(resolve_data_config({}, model=module))
+    return {key: value for key, value in data.items() if key != "input_size"}
 
 
 def _data_config(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -494,8 +496,7 @@ def _finish(
     patches = module.get_submodule("patch_embed")
     built_size = [int(side) for side in getattr(patches, "img_size", None) or ()]
     model_args = {**model_args, "img_size": built_size} if built_size else dict(model_args)
-    strict = getattr(patches, "strict_img_size", True)
-    if built_size and strict:
+    if built_size and (getattr(patches, "strict_img_size", True) or "input_size" not in data):
         data = {**data, "input_size": (data.get("input_size", (3,))[0], *built_size)}
     preprocessing = preprocessing_of(data)
     size = _probe(module, layers, preprocessing)

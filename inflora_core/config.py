@@ -44,8 +44,9 @@ class LearnConfig(BaseModel):
     """Never reached by the schedule's own doing: at 1 nothing would be free for later tasks."""
     expected_tasks: int | None = Field(None, ge=1, le=100_000)
     """T of the published schedule. None: the number of tasks is not known."""
-    head: Literal["trained", "class-means"] = "class-means"
-    """What the new head starts from and ends as (``heads.py``)."""
+    head: Literal["trained", "lda"] = "lda"
+    """What answers: the heads as each was trained in its task, or linear discriminant analysis
+    from the statistics of all classes. The latter keeps tasks apart, too (``heads.py``)."""
 
     def updated(self, **changes: Any) -> LearnConfig:
         """Return a copy with ``changes`` that are not None, checked.

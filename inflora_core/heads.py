@@ -1,9 +1,21 @@
-"""Linear heads on the final features: how a task's head starts and is trained."""
+"""Linear heads on the final features, and the statistics of the classes they are made from."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from inflora_core.model import Array, ContinualModel
+
+RIDGE = 0.01
+"""Least ridge of ``lda_head``, as a share of the mean variance of a feature."""
+
+TEMPERATURE = 4.0
+"""What LDA's logits are divided by: the few images of a task make its covariance too small."""
 
 
 def random_head(embedding_size: int, classes: int, seed: int) -> nn.Linear:
@@ -13,27 +25,64 @@ def random_head(embedding_size: int, classes: int, seed: int) -> nn.Linear:
         return nn.Linear(embedding_size, classes)
 
 
-def class_means_head(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
-    """Return the head that assigns the class with the nearest mean.
+@dataclass(frozen=True)
+class ClassStatistics:
+    """What is kept of the images of all classes: no image, and nothing that grows with their number.
 
-    ``-|z - mu_c|^2 / (2 s^2)`` less its part that is the same for all classes is linear in z:
-    weight ``mu_c / s^2``, bias ``-|mu_c|^2 / (2 s^2)``. Logits of heads that were made apart can be
-    compared, which those of heads from random weights cannot.
-
-    Args:
-        features: (n, e) final features of the task's images.
-        labels: (n,) positions of their classes, each class at least once.
-        classes: Number of classes.
+    Attributes:
+        means: (classes, e) mean final features of each class.
+        counts: (classes,) int64, images that a mean is over.
+        scatter: (e, e) sum over all images of (z - mu_c)(z - mu_c)^T.
     """
-    one_hot = nn.functional.one_hot(labels, classes).to(features)
-    means = (one_hot.mT @ features) / one_hot.sum(0)[:, None]
-    scale = SCALE / features.shape[1]
-    head = nn.Linear(features.shape[1], classes, device=features.device)
-    with torch.no_grad():
-        head.weight.copy_(means * scale)
-        head.bias.copy_(-0.5 * scale * means.square().sum(1))
-    return head
+
+    means: Array
+    counts: Array
+    scatter: Array
+
+    @classmethod
+    def of(cls, model: ContinualModel) -> ClassStatistics:
+        """Return the statistics that ``model`` keeps."""
+        return cls(model.class_means, model.class_counts, model.class_scatter)
+
+    def with_classes(self, features: Tensor, labels: Tensor, classes: int) -> ClassStatistics:
+        """Append ``classes`` new classes.
+
+        Args:
+            features: (n, e) final features of the new classes' images.
+            labels: (n,) positions among the new classes, each class at least once.
+            classes: Number of new classes.
+        """
+        rows = features.double()
+        one_hot = F.one_hot(labels, classes).double()
+        counts = one_hot.sum(0)
+        means = (one_hot.mT @ rows) / counts[:, None]
+        deviations = rows - means[labels]
+        scatter = (deviations.mT @ deviations).cpu().numpy()
+        return ClassStatistics(
+            np.concatenate([self.means, means.float().cpu().numpy()]),
+            np.concatenate([self.counts, counts.long().cpu().numpy()]),
+            np.float32(self.scatter + scatter),
+        )
 
 
-SCALE = 2.0
-"""1 / s^2 times e: timm's backbones end in a LayerNorm, so features have about unit variance."""
+def lda_head(statistics: ClassStatistics) -> tuple[Array, Array]:
+    """Linear discriminant analysis over all classes: heads of different tasks can be compared.
+
+    With the shared covariance S, ``w_c = S^-1 (mu_c - m)`` and ``b_c = -w_c (mu_c + m) / 2``, m
+    being the mean of the means; equal priors. S gets a ridge of its mean variance times
+    max(RIDGE, e / (20 n)) for n images.
+
+    Returns:
+        Weight (classes, e) and bias (classes,), float32.
+    """
+    means = statistics.means.astype(np.float64)
+    classes, size = means.shape
+    images = int(statistics.counts.sum())
+    covariance = statistics.scatter.astype(np.float64) / max(images - classes, 1)
+    # With one image a class there is no deviation: then the nearest mean is all that can be said.
+    variance = covariance.trace() / size or float(np.mean(means**2)) or 1.0
+    ridge = max(RIDGE, size / (20 * images))
+    centre = means.mean(0)
+    weight = np.linalg.solve(covariance + ridge * variance * np.eye(size), (means - centre).T).T
+    bias = -0.5 * (weight * (means + centre)).sum(1)
+    return np.float32(weight / TEMPERATURE), np.float32(bias / TEMPERATURE)

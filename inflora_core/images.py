@@ -40,15 +40,15 @@ _MAX_SCANS = 100
 """Scans of one progressive JPEG (usual: about 10). Each costs a pass over all pixels, and a few
 bytes in the file."""
 
-_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"})
-
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS")
 
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 """A marker that starts a segment or ends the image; not stuffing, fill, restarts, SOI."""
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_APP1, _JPEG_APP14, _JPEG_COMMENT, _JPEG_SCAN, _JPEG_END = 0xE1, 0xEE, 0xFE, 0xDA, 0xD9
+_JPEG_EXIF, _JPEG_SCAN, _JPEG_END = 0xE1, 0xDA, 0xD9
+_JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
+"""Comments and all APPn but 0 (JFIF) and 14 (Adobe), which tell RGB from YCbCr."""
 
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -168,14 +168,9 @@ def _read_pixels(header: _Header) -> NDArray[np.uint8]:
     """
     try:
         with header.reader(BytesIO(header.pixels)) as image:
+            # What was checked must be what is decoded, however a file may contradict itself.
             if image.size != (header.width, header.height):
                 raise _damaged("its parts disagree about its size")
-            if image.mode not in _MODES:
-                raise InvalidImageError(
-                    f"images of mode {image.mode} are not accepted: convert to 8-bit RGB"
-                )
-            if getattr(image, "n_frames", 1) > 1:
-                raise _animated()
             upright = _upright(_on_white(image), header.orientation)
             return np.array(upright, dtype=np.uint8)
     except InvalidImageError:
@@ -303,14 +298,10 @@ def _read_jpeg(data: bytes) -> _Header:
             if scans > _MAX_SCANS:
                 raise _damaged(f"it has more than {_MAX_SCANS} scans")
         elif marker in _JPEG_SIZES:
-            if frame:
-                raise _damaged("it has more than one frame header")
-            frame = content
-        elif marker == _JPEG_APP1 and not exif and content.startswith(b"Exif\0\0"):
+            frame = frame or content
+        elif marker == _JPEG_EXIF and not exif and content.startswith(b"Exif\0\0"):
             exif = content
-        metadata = 0xE0 <= marker <= 0xEF or marker == _JPEG_COMMENT
-        # APP14 says whether three components are RGB or YCbCr.
-        if not scan and (not metadata or marker == _JPEG_APP14):
+        if not scan and marker not in _JPEG_METADATA:
             kept.append(data[start:end])
     if not scan or not frame:
         raise _damaged("it has no image data")

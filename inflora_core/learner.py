@@ -22,7 +22,7 @@ from inflora_core.adapters import AdaptedQKV, adapted, set_key_value
 from inflora_core.backbone import Backbone
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError, StateError
-from inflora_core.heads import class_means_head, random_head
+from inflora_core.heads import ClassStatistics, lda_head, random_head
 from inflora_core.memory import GradientMemory
 from inflora_core.merge import merge, product
 from inflora_core.model import (
@@ -78,7 +78,7 @@ def learn_task(
         name: memory.design(moments[name].mean, config.rank, config.criterion)
         for name, memory in memories.items()
     }
-    head = initial_head or make_head(config, features, train.labels, len(data.names))
+    head = initial_head or random_head(features.shape[1], len(data.names), config.seed).to(device)
 
     with adapted(backbone.layers, reductions) as branches:
         tracker.start(Stage.TRAINING)
@@ -99,13 +99,18 @@ def learn_task(
         )
         for name, layer in before.layers.items()
     }
+    statistics = ClassStatistics.of(before).with_classes(features, train.labels, len(data.names))
+    weight, bias = lda_head(statistics) if config.head == "lda" else appended(before, head)
     after = replace(
         before,
         layers=layers,
-        head_weight=np.concatenate([before.head_weight, to_array(head.weight)]),
-        head_bias=np.concatenate([before.head_bias, to_array(head.bias)]),
+        head_weight=weight,
+        head_bias=bias,
         classes=before.classes + tuple(ClassEntry(name, task) for name in data.names),
         tasks=before.tasks + 1,
+        class_means=statistics.means,
+        class_counts=statistics.counts,
+        class_scatter=statistics.scatter,
     )
     load_weights(backbone, after)
     task_known, overall = held_out_accuracies(backbone, after, held_out, config.batch_size)
@@ -114,7 +119,9 @@ def learn_task(
             report_layer(name, memories[name], extended[name], factors.get(name)) for name in layers
         ),
         threshold=threshold,
-        training_accuracy=share_equal(head(features).argmax(1), train.labels),
+        training_accuracy=share_equal(
+            logits_of(after, features)[:, len(before.classes) :].argmax(1), train.labels
+        ),
         held_out_accuracy_task_known=task_known,
         held_out_accuracy=overall,
         held_out_counts=dict(Counter(data.names[i] for i in held_out.labels.tolist())),
@@ -172,11 +179,10 @@ def measure(
     return moments, torch.cat(features)
 
 
-def make_head(config: LearnConfig, features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
-    """Return the head that training starts from, on the features' device."""
-    if config.head == "class-means":
-        return class_means_head(features, labels, classes)
-    return random_head(features.shape[1], classes, config.seed).to(features.device)
+def appended(model: ContinualModel, head: nn.Linear) -> tuple[Array, Array]:
+    """Return the heads of all tasks as they were trained, the new one last."""
+    weight, bias = (part.detach().float().cpu().numpy() for part in (head.weight, head.bias))
+    return np.concatenate([model.head_weight, weight]), np.concatenate([model.head_bias, bias])
 
 
 def train_expansions(
@@ -347,7 +353,3 @@ def share_equal(left: Tensor, right: Tensor) -> float:
     """Return the share of positions at which both (n,) tensors agree."""
     return float((left == right).double().mean())
 
-
-def to_array(tensor: Tensor) -> Array:
-    """Return a float32 copy on the host."""
-    return tensor.detach().float().cpu().numpy().copy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -221,14 +221,32 @@ class ContinualModel:
         classes: The class table; position i is logit i.
         tasks: Number of tasks learned, t.
         version: The version this state was read from, or None before the first task.
+        class_means: (classes, e) float32, mean final features of each class.
+        class_counts: (classes,) int64, images each mean is over.
+        class_scatter: (e, e) float32, scatter of all images about their class's mean.
     """
 
     layers: dict[str, LayerState]
     head_weight: Array
     head_bias: Array
+    class_means: Array
+    class_counts: Array
+    class_scatter: Array
     classes: tuple[ClassEntry, ...] = ()
     tasks: int = 0
     version: int | None = None
+
+    @classmethod
+    def untaught(cls, layers: dict[str, LayerState], embedding_size: int) -> ContinualModel:
+        """Return the state before the first task: no class known."""
+        return cls(
+            layers=layers,
+            head_weight=np.zeros((0, embedding_size), np.float32),
+            head_bias=np.zeros(0, np.float32),
+            class_means=np.zeros((0, embedding_size), np.float32),
+            class_counts=np.zeros(0, np.int64),
+            class_scatter=np.zeros((embedding_size, embedding_size), np.float32),
+        )
 
     def columns_of(self, task: str) -> list[int]:
         """Return the positions of the classes that ``task`` taught."""
@@ -285,12 +303,11 @@ class Preprocessing:
 
 @dataclass
 class LabelledImages:
-    """A task's decoded images. ``images`` (n, S, S', 3) uint8, ``labels`` (n,) int64 into ``names``."""
+    """A task's decoded images: ``images`` (n, S, S', 3) uint8, ``labels`` (n,) int64 in ``names``."""
 
     images: Array
     labels: Array
     names: tuple[str, ...]
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -301,7 +318,3 @@ def now() -> datetime:
     """Return the present time in UTC, to the microsecond, as records keep it."""
     return datetime.now(UTC)
 
-
-def empty_head(embedding_size: int) -> tuple[Array, Array]:
-    """Return weight (0, e) and bias (0,) of a head that knows no class."""
-    return np.zeros((0, embedding_size), np.float32), np.zeros(0, np.float32)

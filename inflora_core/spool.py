@@ -9,6 +9,7 @@ A spool is a folder of two files:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,8 +65,10 @@ class SpoolWriter:
         trace: TracebackType | None,
     ) -> None:
         """Close the files; remove them all if the spool is not finished."""
-        self._images.close()
-        self._index.close()
+        for file in (self._images, self._index):
+            # After ``finish`` nothing is left to flush; before it, what cannot be is removed.
+            with contextlib.suppress(OSError):
+                file.close()
         if not self._finished:
             shutil.rmtree(self.folder)
 

@@ -10,7 +10,7 @@
         CURRENT                          number of the current version
         versions/00000001/
             factors.safetensors          A_t and B_t of the version's task
-            head.safetensors             weight and bias of all classes
+            head.safetensors             weight and bias of all classes, and their statistics
             memory.safetensors           Q, k and C_old of every layer
             model.onnx                   derived: template + merged weights + head
             manifest.json                a ``Version``: parent, task, classes, report, sha256s
@@ -54,7 +54,6 @@ from inflora_core.model import (
     LayerState,
     Learned,
     Version,
-    empty_head,
     now,
 )
 
@@ -141,7 +140,7 @@ class Store:
         if self.has_backbone():
             raise StateError("the store has a backbone already")
         # Of non-contiguous arrays safetensors writes scrambled data without a word.
-        arrays = {name: np.ascontiguousarray(value) for name, value in weights.items()}
+        arrays = {name: np.asarray(value, order="C") for name, value in weights.items()}
         content = save(arrays, {"config": _CONFIG.dump_json(config).decode()})
         sha256 = hashlib.sha256(content).hexdigest()
         final = self.root / "backbones" / sha256
@@ -188,7 +187,7 @@ class Store:
         with safe_open(backbone.weights_path, "numpy") as file:
             for name in backbone.config.layers:
                 layers[name] = initial_layer(file.get_tensor(f"{name}.qkv.weight"))
-        return ContinualModel(layers, *empty_head(backbone.config.embedding_size))
+        return ContinualModel.untaught(layers, backbone.config.embedding_size)
 
     # -- versions ---------------------------------------------------------------------------
 
@@ -289,7 +288,15 @@ class Store:
             for name, key_value in merged.items()
         }
         return ContinualModel(
-            layers, head["weight"], head["bias"], newest.classes, len(lineage), number
+            layers=layers,
+            head_weight=head["weight"],
+            head_bias=head["bias"],
+            classes=newest.classes,
+            tasks=len(lineage),
+            version=number,
+            class_means=head["class_means"],
+            class_counts=head["class_counts"],
+            class_scatter=head["class_scatter"],
         )
 
     def next_number(self) -> int:
@@ -314,7 +321,13 @@ class Store:
             if name in learned.factors:
                 factors[f"{name}.expansion"] = learned.factors[name].expansion
                 factors[f"{name}.reduction"] = learned.factors[name].reduction
-        head = {"weight": learned.model.head_weight, "bias": learned.model.head_bias}
+        head = {
+            "weight": learned.model.head_weight,
+            "bias": learned.model.head_bias,
+            "class_means": learned.model.class_means,
+            "class_counts": learned.model.class_counts,
+            "class_scatter": learned.model.class_scatter,
+        }
         files = {
             "factors.safetensors": _save(factors),
             "head.safetensors": _save(head),
@@ -374,7 +387,7 @@ def initial_layer(qkv_weight: Array) -> LayerState:
 
 
 def _save(arrays: Mapping[str, Array]) -> bytes:
-    return save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+    return save({name: np.asarray(value, order="C") for name, value in arrays.items()})
 
 
 def _entry(name: str, data: bytes) -> FileEntry:

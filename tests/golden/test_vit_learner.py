@@ -25,7 +25,6 @@ from inflora_core.model import (
     LabelledImages,
     Learned,
     Stage,
-    empty_head,
 )
 from inflora_core.progress import Tracker
 from inflora_core.store import initial_layer
@@ -80,7 +79,7 @@ def run(vit_learner: Mapping[str, Any]) -> Run:
     )
     backbone = golden_backbone(golden)
     layers = {name: initial_layer(golden[f"init/{name}.qkv.weight"]) for name in LAYERS}
-    model = ContinualModel(layers, *empty_head(64))
+    model = ContinualModel.untaught(layers, 64)
     result = Run(golden, config)
     for t in TASKS:
         order = golden["data/order"][t]

@@ -1,0 +1,70 @@
+"""What the two clients have in common: their configuration and what they ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from inflora_client._calls import Question
+from inflora_client._channel import RetryPolicy, channel_options
+from inflora_client._names import Names, TaskRef, VersionRef
+from inflora_client._resume import Transfer, Watch
+
+DEFAULT_TARGET = "localhost:50051"
+DEFAULT_ARTIFACT = "model.onnx"
+
+
+class ClientBase:
+    """Configuration of a client.
+
+    Args:
+        target: Address of the server, ``host:port`` or any other gRPC target.
+        model: The model's id.
+        timeout: Seconds for each unary call, its retries included; None for no limit.
+            Uploads, downloads and watches have none: they take as long as they take.
+        wait_for_ready: Wait for a server that cannot be reached yet (unary calls: within
+            ``timeout``), instead of failing after the retries.
+        retry: What to do while the server is UNAVAILABLE.
+        credentials: For TLS, from ``grpc.ssl_channel_credentials``. None sends in the clear.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        model: str = "default",
+        timeout: float | None = 60.0,
+        wait_for_ready: bool = False,
+        retry: RetryPolicy | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._target = target
+        self._model = model
+        self._names = Names(f"models/{model}")
+        self._timeout = timeout
+        self._wait_for_ready = wait_for_ready
+        self._retry = retry or RetryPolicy()
+        self._credentials = credentials
+        self._connect()
+
+    def _connect(self) -> None:
+        """Prepare the connection; gRPC makes it when it is first needed."""
+        raise NotImplementedError
+
+    def _open_channel(self, grpc_or_aio: Any) -> Any:
+        """Open a channel with either of the two modules, whose functions are called alike."""
+        options = channel_options(self._retry)
+        if self._credentials is None:
+            return grpc_or_aio.insecure_channel(self._target, options=options)
+        return grpc_or_aio.secure_channel(self._target, self._credentials, options=options)
+
+    def _question(self, top_k: int, version: VersionRef | None, task: TaskRef | None) -> Question:
+        return Question(self._names, top_k, version, task)
+
+    def _watch(self, task: TaskRef) -> Watch:
+        return Watch(self._names.task(task), self._retry)
+
+    def _transfer(self, version: VersionRef, artifact: str, to: str | Path) -> Transfer:
+        return Transfer(self._names.version(version), artifact, Path(to), self._retry)

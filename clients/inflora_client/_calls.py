@@ -1,0 +1,124 @@
+"""Every unary call, as data: which method, which request, how to read the answer.
+
+The clients only carry these over their kind of channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from inflora.v1 import learner_service_pb2, model_service_pb2, predictor_service_pb2
+from inflora_client import _channel as channel
+from inflora_client import _parse as parse
+from inflora_client._names import Names, TaskRef, VersionRef
+from inflora_client.resources import PredictResult, Task, Version
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """A unary call that is ready to be made.
+
+    Attributes:
+        rpc: The method.
+        request: Its request.
+        parse: Turns the response into what the caller gets.
+    """
+
+    rpc: channel.Rpc
+    request: Message
+    parse: Callable[[Any], T]
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a list; ``next_token`` is empty on the last one."""
+
+    items: tuple[T, ...]
+    next_token: str
+
+
+PageCall = Callable[[str], Call[Page[T]]]
+"""Makes the call for the page that a token stands for."""
+
+
+def get_task(names: Names, task: TaskRef) -> Call[Task]:
+    """GetTask."""
+    request = learner_service_pb2.GetTaskRequest(name=names.task(task))
+    return Call(channel.GET_TASK, request, lambda r: parse.task(r.task))
+
+
+def cancel_task(names: Names, task: TaskRef) -> Call[Task]:
+    """CancelTask."""
+    request = learner_service_pb2.CancelTaskRequest(name=names.task(task))
+    return Call(channel.CANCEL_TASK, request, lambda r: parse.task(r.task))
+
+
+def list_tasks(names: Names) -> PageCall[Task]:
+    """ListTasks, page by page."""
+    return lambda token: Call(
+        channel.LIST_TASKS,
+        learner_service_pb2.ListTasksRequest(parent=names.model, page_token=token),
+        lambda r: Page(tuple(map(parse.task, r.tasks)), r.next_page_token),
+    )
+
+
+def get_version(names: Names, version: VersionRef) -> Call[Version]:
+    """GetVersion."""
+    request = model_service_pb2.GetVersionRequest(name=names.version(version))
+    return Call(channel.GET_VERSION, request, lambda r: parse.version(r.version))
+
+
+def promote_version(names: Names, version: VersionRef) -> Call[Version]:
+    """PromoteVersion."""
+    request = model_service_pb2.PromoteVersionRequest(name=names.version(version))
+    return Call(channel.PROMOTE_VERSION, request, lambda r: parse.version(r.version))
+
+
+def list_versions(names: Names) -> PageCall[Version]:
+    """ListVersions, page by page."""
+    return lambda token: Call(
+        channel.LIST_VERSIONS,
+        model_service_pb2.ListVersionsRequest(parent=names.model, page_token=token),
+        lambda r: Page(tuple(map(parse.version, r.versions)), r.next_page_token),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """All of a prediction but the images.
+
+    Attributes:
+        names: The model's names.
+        top_k: Classes to return for each image.
+        version: The version to answer; None for the current one.
+        task: The task whose classes compete; None for all.
+    """
+
+    names: Names
+    top_k: int
+    version: VersionRef | None
+    task: TaskRef | None
+
+    def request(self, images: Iterable[bytes]) -> predictor_service_pb2.PredictRequest:
+        """The request for some images."""
+        return predictor_service_pb2.PredictRequest(
+            model=self.names.model,
+            images=images,
+            top_k=self.top_k,
+            version="" if self.version is None else self.names.version(self.version),
+            task="" if self.task is None else self.names.task(self.task),
+        )
+
+    def call(self, images: Iterable[bytes]) -> Call[PredictResult]:
+        """Predict."""
+        return Call(channel.PREDICT, self.request(images), parse.predict_result)
+
+    def stream_request(self, images: Iterable[bytes]) -> predictor_service_pb2.PredictStreamRequest:
+        """One request of PredictStream. Answers come in order, so none needs a correlation id."""
+        return predictor_service_pb2.PredictStreamRequest(request=self.request(images))

@@ -1,0 +1,153 @@
+"""How a channel is set up: retries, limits, keepalive. The same for both clients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from inflora.v1.learner_service_pb2_grpc import LearnerServiceStub
+from inflora.v1.model_service_pb2_grpc import ModelServiceStub
+from inflora.v1.predictor_service_pb2_grpc import PredictorServiceStub
+
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_MAX_SERVICE_CONFIG_ATTEMPTS = 5  # gRPC treats any higher number as 5
+_MIN_BACKOFF = 0.01  # a pause that rounds to 0 ms makes gRPC wait for the deadline, not retry
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How long to go on while the server is UNAVAILABLE.
+
+    Unary calls are retried by gRPC itself, through the channel's service config. A broken
+    ``watch`` or ``download`` goes on where it was, and ``learn`` uploads again where it can.
+
+    Attributes:
+        max_attempts: Attempts in all, 1 (no retry) to 5.
+        initial_backoff: Pause after the first failure, in seconds, at least 0.01.
+        multiplier: Each further pause is longer by this factor, at least 1.
+        max_backoff: Upper bound of a pause, in seconds, at least 0.01.
+        patience: A ``watch`` or ``download`` that was being answered keeps trying for this many
+            seconds of silence, however many attempts that takes: long enough for a restart.
+    """
+
+    max_attempts: int = 5
+    initial_backoff: float = 0.1
+    multiplier: float = 3.0
+    max_backoff: float = 5.0
+    patience: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_attempts <= _MAX_SERVICE_CONFIG_ATTEMPTS:
+            raise ValueError(f"max_attempts must be 1 to {_MAX_SERVICE_CONFIG_ATTEMPTS}")
+        # Written so that NaN, of which no comparison is true, is refused, too.
+        if not (
+            self.initial_backoff >= _MIN_BACKOFF
+            and self.max_backoff >= _MIN_BACKOFF
+            and self.multiplier >= 1
+            and self.patience >= 0
+        ):
+            raise ValueError(
+                f"backoffs must be at least {_MIN_BACKOFF} s, multiplier 1, patience 0 s"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Rpc:
+    """One method of the contract.
+
+    Attributes:
+        service: Full name of the service.
+        method: Name of the method.
+    """
+
+    service: str
+    method: str
+
+
+_LEARNER = "inflora.v1.LearnerService"
+_PREDICTOR = "inflora.v1.PredictorService"
+_MODEL = "inflora.v1.ModelService"
+
+LEARN_TASK = Rpc(_LEARNER, "LearnTask")
+WATCH_TASK = Rpc(_LEARNER, "WatchTask")
+GET_TASK = Rpc(_LEARNER, "GetTask")
+LIST_TASKS = Rpc(_LEARNER, "ListTasks")
+CANCEL_TASK = Rpc(_LEARNER, "CancelTask")
+PREDICT = Rpc(_PREDICTOR, "Predict")
+PREDICT_STREAM = Rpc(_PREDICTOR, "PredictStream")
+LIST_VERSIONS = Rpc(_MODEL, "ListVersions")
+GET_VERSION = Rpc(_MODEL, "GetVersion")
+PROMOTE_VERSION = Rpc(_MODEL, "PromoteVersion")
+DOWNLOAD_ARTIFACT = Rpc(_MODEL, "DownloadArtifact")
+
+# The streams are not here: gRPC could only restart them from their beginning.
+_RETRIED_BY_GRPC = (
+    GET_TASK,
+    LIST_TASKS,
+    CANCEL_TASK,
+    PREDICT,
+    LIST_VERSIONS,
+    GET_VERSION,
+    PROMOTE_VERSION,
+)
+
+# Generated code carries no types; these stubs work with grpc and with grpc.aio channels alike.
+_STUBS: dict[str, Callable[[Any], Any]] = {
+    _LEARNER: LearnerServiceStub,
+    _PREDICTOR: PredictorServiceStub,
+    _MODEL: ModelServiceStub,
+}
+
+
+class Stubs:
+    """The contract's methods over one channel, looked up by ``Rpc``."""
+
+    def __init__(self, channel: object) -> None:
+        self._stubs = {service: stub(channel) for service, stub in _STUBS.items()}
+
+    def __getitem__(self, rpc: Rpc) -> Any:
+        return getattr(self._stubs[rpc.service], rpc.method)
+
+
+def channel_options(retry: RetryPolicy) -> list[tuple[str, Any]]:
+    """Return the channel arguments."""
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        # A call that outgrows this buffer (by default 256 KiB, less than one photo) is not retried.
+        ("grpc.per_rpc_retry_buffer_size", _MAX_MESSAGE_BYTES),
+        # By default a failed connection is left alone for a second, so most retries would be lost.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        # A watch may be silent for long. Servers at their defaults hang up on those who ping more
+        # often than every 300 s, and common load balancers on those silent for 350 s.
+        ("grpc.keepalive_time_ms", 320_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    if retry.max_attempts > 1:
+        options.append(("grpc.service_config", _service_config(retry)))
+    return options
+
+
+def _service_config(retry: RetryPolicy) -> str:
+    return json.dumps(
+        {
+            "methodConfig": [
+                {
+                    "name": [
+                        {"service": rpc.service, "method": rpc.method} for rpc in _RETRIED_BY_GRPC
+                    ],
+                    "retryPolicy": {
+                        "maxAttempts": retry.max_attempts,
+                        "initialBackoff": f"{retry.initial_backoff:.9f}s",
+                        "maxBackoff": f"{retry.max_backoff:.9f}s",
+                        "backoffMultiplier": retry.multiplier,
+                        "retryableStatusCodes": ["UNAVAILABLE"],
+                    },
+                }
+            ]
+        }
+    )

@@ -1,0 +1,124 @@
+"""From protobuf messages to the dataclasses of ``resources``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from inflora.v1 import model_service_pb2, predictor_service_pb2, task_pb2
+from inflora_client import resources
+from inflora_client.errors import failure_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Flat = TypeVar("_Flat", bound="DataclassInstance")
+_Enum = TypeVar("_Enum", resources.TaskState, resources.TaskStage)
+
+
+def _flat(kind: type[_Flat], message: Message) -> _Flat:
+    """Copy a message of nothing but numbers and strings; the dataclass names the fields alike."""
+    return kind(**{field.name: getattr(message, field.name) for field in fields(kind)})
+
+
+def _optional(message: Message, field: str) -> Any:
+    """The value of a field, or None where the server left it unset."""
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _enum(kind: type[_Enum], name_of: Any, prefix: str, number: int) -> _Enum:
+    """A newer server may send numbers that this client has no name for: UNSPECIFIED, no error."""
+    try:
+        return kind(name_of.Name(number).removeprefix(prefix))
+    except ValueError:
+        return kind("UNSPECIFIED")
+
+
+def _stage(number: int) -> resources.TaskStage:
+    return _enum(resources.TaskStage, task_pb2.TaskStage, "TASK_STAGE_", number)
+
+
+def _time(message: Message, field: str) -> datetime | None:
+    timestamp: Timestamp | None = _optional(message, field)
+    return timestamp.ToDatetime(UTC) if timestamp else None
+
+
+def task(message: task_pb2.Task) -> resources.Task:
+    """Parse a task."""
+    return resources.Task(
+        name=message.name,
+        display_name=message.display_name,
+        request_id=message.request_id,
+        state=_enum(resources.TaskState, task_pb2.TaskState, "TASK_STATE_", message.state),
+        stage=_stage(message.stage),
+        epoch=message.epoch,
+        epochs=message.epochs,
+        loss=message.loss,
+        fraction_done=message.fraction_done,
+        classes=tuple(_flat(resources.TaskClass, c) for c in message.classes),
+        example_count=message.example_count,
+        example_bytes=message.example_bytes,
+        version=message.version,
+        error=failure_of(message.error) if message.HasField("error") else None,
+        create_time=_time(message, "create_time"),
+        start_time=_time(message, "start_time"),
+        end_time=_time(message, "end_time"),
+        report=_report(message.report) if message.HasField("report") else None,
+    )
+
+
+def _report(message: task_pb2.TaskReport) -> resources.TaskReport:
+    parity = message.parity if message.HasField("parity") else None
+    return resources.TaskReport(
+        layers=tuple(_flat(resources.LayerReport, layer) for layer in message.layers),
+        leak=message.leak,
+        interference=message.interference,
+        capacity=message.capacity,
+        training_accuracy=message.training_accuracy,
+        held_out_accuracy_task_known=_optional(message, "held_out_accuracy_task_known"),
+        held_out_accuracy=_optional(message, "held_out_accuracy"),
+        parity=_flat(resources.ParityReport, parity) if parity else None,
+        stage_seconds=tuple(
+            resources.StageSeconds(_stage(s.stage), s.seconds) for s in message.stage_seconds
+        ),
+        settings=_flat(resources.LearningSettings, message.settings),
+        epoch_losses=tuple(message.epoch_losses),
+        warnings=tuple(message.warnings),
+    )
+
+
+def version(message: model_service_pb2.Version) -> resources.Version:
+    """Parse a version."""
+    return resources.Version(
+        name=message.name,
+        parent=message.parent,
+        task=message.task,
+        create_time=_time(message, "create_time"),
+        current=message.current,
+        classes=tuple(_flat(resources.VersionClass, c) for c in message.classes),
+        artifacts=tuple(artifact(a) for a in message.artifacts),
+        provider=message.provider,
+    )
+
+
+def artifact(message: model_service_pb2.Artifact) -> resources.Artifact:
+    """Parse a file's name, size and hash."""
+    return _flat(resources.Artifact, message)
+
+
+def predict_result(message: predictor_service_pb2.PredictResponse) -> resources.PredictResult:
+    """Parse the answer to one request."""
+    return resources.PredictResult(
+        version=message.version,
+        predictions=tuple(
+            resources.Prediction(
+                scores=tuple(_flat(resources.ClassScore, s) for s in p.scores),
+                novelty=p.novelty,
+            )
+            for p in message.predictions
+        ),
+    )

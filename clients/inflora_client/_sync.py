@@ -1,0 +1,279 @@
+"""The client for ordinary code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, Unpack
+
+import grpc
+
+from inflora.v1 import learner_service_pb2
+from inflora_client import _calls as calls
+from inflora_client import _channel as channel
+from inflora_client import _parse as parse
+from inflora_client import _upload as upload
+from inflora_client._base import DEFAULT_ARTIFACT, ClientBase
+from inflora_client._images import ImageSource, read_image
+from inflora_client._names import TaskRef, VersionRef
+from inflora_client._resume import Backoff, Resumable
+from inflora_client.errors import UnavailableError, error_of_call
+from inflora_client.resources import Download, PredictResult, Task, Version
+
+T = TypeVar("T")
+
+
+class Client(ClientBase):
+    """Talks to an InfLoRA server. Thread-safe; one is enough for a whole program.
+
+    Takes the arguments of ``ClientBase``. Every method raises ``StatusError`` when the server
+    refuses or cannot be reached. A task may be given as its id, its full name or a ``Task``; a
+    version as ``3``, ``"3"``, ``"current"``, its full name or a ``Version``.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls that are running end as cancelled."""
+        self._channel.close()
+
+    def learn(self, examples: upload.Examples, **options: Unpack[upload.LearnOptions]) -> Task:
+        """Upload a task; returns once it is stored durably and queued.
+
+        Images given as paths are read one by one, so a task need not fit into memory. If the
+        server becomes unavailable, a sequence of examples is uploaded again under the same
+        request id; an iterator cannot be, and the error is raised.
+
+        Args:
+            examples: Labelled images, as ``Example`` or ``(image, label)``.
+            **options: See ``LearnOptions``.
+
+        Returns:
+            The task, QUEUED.
+
+        Raises:
+            StatusError: The server refused the task; nothing is kept of it.
+            OSError: An image cannot be read.
+        """
+        spec = upload.task_spec(self._names, options)
+        backoff = Backoff(self._retry)
+        while True:
+            try:
+                return self._upload(upload.messages(spec, examples))
+            except UnavailableError as error:
+                if not upload.repeatable(examples):
+                    raise
+                time.sleep(backoff.delay_after(error))
+
+    def watch(self, task: TaskRef) -> Iterator[Task]:
+        """Yield the task as it is, then again whenever it changes, until it has ended."""
+        yield from self._resume(self._watch(task))
+
+    def wait(self, task: TaskRef) -> Task:
+        """Wait until the task is published, and return it with its report.
+
+        Raises:
+            TaskFailedError: It ended as FAILED or CANCELLED.
+        """
+        watch = self._watch(task)
+        self._drain(watch)
+        return watch.result()
+
+    def task(self, task: TaskRef) -> Task:
+        """Return a task as it is now."""
+        return self._unary(calls.get_task(self._names, task))
+
+    def tasks(self) -> Iterator[Task]:
+        """Yield all tasks, newest first, without their reports."""
+        yield from self._pages(calls.list_tasks(self._names))
+
+    def cancel(self, task: TaskRef) -> Task:
+        """Give a task up that has not ended; return it, CANCELLED."""
+        return self._unary(calls.cancel_task(self._names, task))
+
+    def predict(
+        self,
+        images: Sequence[ImageSource],
+        top_k: int = 5,
+        version: VersionRef | None = None,
+        task: TaskRef | None = None,
+    ) -> PredictResult:
+        """Classify images.
+
+        Args:
+            images: At least one, of any and mixed sizes; at most 64 MiB in all.
+            top_k: Classes to return for each image, best first.
+            version: The version to answer; None for the current one.
+            task: Where it is known: only the classes of this task compete.
+
+        Raises:
+            StatusError: The server refused an image, or has no version yet.
+            OSError: An image cannot be read.
+        """
+        question = self._question(top_k, version, task)
+        return self._unary(question.call(map(read_image, images)))
+
+    def predict_stream(
+        self,
+        requests: Iterable[Sequence[ImageSource]],
+        top_k: int = 5,
+        version: VersionRef | None = None,
+        task: TaskRef | None = None,
+    ) -> Iterator[PredictResult]:
+        """Classify a stream of requests of some images each; answers come in the same order.
+
+        The requests are taken in a thread of their own, so that the next can be on its way while
+        an answer is awaited. An error ends the stream; it is not retried.
+        """
+        question = self._question(top_k, version, task)
+        outgoing = _Outgoing(
+            question.stream_request(map(read_image, images)) for images in requests
+        )
+        for response in self._stream(channel.PREDICT_STREAM, outgoing):
+            yield parse.predict_result(response.response)
+        outgoing.raise_error()
+
+    def versions(self) -> Iterator[Version]:
+        """Yield all versions, newest first."""
+        yield from self._pages(calls.list_versions(self._names))
+
+    def version(self, version: VersionRef = "current") -> Version:
+        """Return a version."""
+        return self._unary(calls.get_version(self._names, version))
+
+    def promote(self, version: VersionRef) -> Version:
+        """Make a version current; return it. Rolling back is promoting an older one."""
+        return self._unary(calls.promote_version(self._names, version))
+
+    def download(
+        self,
+        version: VersionRef = "current",
+        artifact: str = DEFAULT_ARTIFACT,
+        *,
+        to: str | Path = ".",
+    ) -> Download:
+        """Download a file of a version and verify its SHA-256.
+
+        After a break it goes on where it was. The destination is replaced in one step at the end,
+        so there is never half a file.
+
+        Args:
+            version: The version.
+            artifact: File name as listed in ``Version.artifacts``.
+            to: The file to write, or an existing directory, where it keeps its name.
+
+        Raises:
+            CorruptDownloadError: What arrived is not what the server announced.
+            OSError: The file cannot be written.
+        """
+        with self._transfer(version, artifact, to) as transfer:
+            self._drain(transfer)
+            return transfer.finish()
+
+    def _connect(self) -> None:
+        self._channel: grpc.Channel = self._open_channel(grpc)
+        self._stubs = channel.Stubs(self._channel)
+
+    def _unary(self, call: calls.Call[T]) -> T:
+        try:
+            response = self._stubs[call.rpc](
+                call.request, timeout=self._timeout, wait_for_ready=self._wait_for_ready
+            )
+        except grpc.RpcError as error:
+            raise error_of_call(error) from error
+        return call.parse(response)
+
+    def _pages(self, page_call: calls.PageCall[T]) -> Iterator[T]:
+        token = ""
+        while True:
+            page = self._unary(page_call(token))
+            yield from page.items
+            if not (token := page.next_token):
+                return
+
+    def _stream(self, rpc: channel.Rpc, request: object) -> Generator[Any, None, None]:
+        call = self._stubs[rpc](request, wait_for_ready=self._wait_for_ready)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise error_of_call(error) from error
+        finally:
+            call.cancel()  # without effect on a call that has ended
+
+    def _resume(self, stream: Resumable[T]) -> Iterator[T]:
+        while not stream.complete:
+            try:
+                with closing(self._stream(stream.rpc, stream.request())) as responses:
+                    for response in responses:
+                        if (item := stream.accept(response)) is not None:
+                            yield item
+                stream.end_of_stream()
+            except UnavailableError as error:
+                time.sleep(stream.delay_after(error))
+
+    def _drain(self, stream: Resumable[Any]) -> None:
+        for _ in self._resume(stream):
+            pass
+
+    def _upload(self, messages: Iterable[learner_service_pb2.LearnTaskRequest]) -> Task:
+        # After an error on this side the server must not accept what it has got so far. A cancelled
+        # call can look to it like one that was ended; an empty message makes it refuse the task.
+        outgoing = _Outgoing(messages, after_error=learner_service_pb2.LearnTaskRequest())
+        call = self._stubs[channel.LEARN_TASK].future(outgoing, wait_for_ready=self._wait_for_ready)
+        try:
+            response = call.result()
+        except grpc.RpcError as error:
+            outgoing.raise_error()
+            raise error_of_call(error) from error
+        finally:
+            call.cancel()  # for KeyboardInterrupt; without effect on a call that has ended
+        return parse.task(response.task)
+
+
+class _Outgoing(Generic[T]):
+    """An iterator that gRPC may consume in its own thread, which would swallow its errors.
+
+    An error ends the iteration; whoever made the call gets it from ``raise_error``.
+
+    Args:
+        items: What to iterate over.
+        after_error: Yielded after an error, before the iteration ends; None for nothing.
+    """
+
+    def __init__(self, items: Iterable[T], after_error: T | None = None) -> None:
+        self._items = iter(items)
+        self._after_error = after_error
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        if self._error is not None:
+            raise StopIteration
+        try:
+            return next(self._items)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self._error = error
+            if self._after_error is None:
+                raise StopIteration from None
+            return self._after_error
+
+    def raise_error(self) -> None:
+        """Raise the error that ended the iteration, if one did."""
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,259 @@
+"""The commands. Each connects, makes one call of ``Client``, and shows what came back."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inflora_client import InvalidArgumentError, LearnOptions
+from inflora_client._base import DEFAULT_TARGET
+from inflora_client.cli import learning, render
+from inflora_client.cli.folder import FolderError, read_folder
+from inflora_client.cli.session import (
+    EXIT_REFUSED,
+    EXIT_USAGE,
+    JsonOption,
+    ServerOption,
+    Session,
+    fail,
+    note,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog=(
+        "Exit codes: 0 done; 1 the server refused, or the task did not end as published; "
+        "2 wrong usage, or a file that cannot be read or written; 3 the server cannot be reached; "
+        "130 interrupted with Ctrl-C (a task that was uploaded goes on)."
+    ),
+)
+
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="Id or full name of a task.")]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    server: Annotated[
+        str,
+        typer.Option(
+            "--server", envvar="INFLORA_SERVER", metavar="HOST:PORT", help="Address of the server."
+        ),
+    ] = DEFAULT_TARGET,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line, for programs.")
+    ] = False,
+) -> None:
+    """Teach an image classifier that never stops learning, and ask it."""
+    context.obj = Session(server, as_json)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Start a server here; all arguments are the server's (try: inflora serve --help)."""
+    if importlib.util.find_spec("inflora_service") is None:
+        fail(
+            "the server is not installed here, only the client; install the package "
+            "'inflora-server' with the extras 'learner' and 'cpu' (or 'gpu')",
+            EXIT_USAGE,
+        )
+    # Replaced, not wrapped: signals and the exit code are the server's own.
+    os.execv(sys.executable, [sys.executable, "-m", "inflora_service", *context.args])
+
+
+@app.command()
+def learn(
+    context: typer.Context,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            help="Holds one sub-folder of images for each class, named like the class.",
+        ),
+    ],
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these classes, with commas between; may be repeated."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Free text that tells the task from others.")] = "",
+    request_id: Annotated[
+        str, typer.Option(help="Repeating an upload with the same id does no harm.")
+    ] = "",
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Passes over the images.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, max=10, help="Base learning rate.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Upper bound of the update's rank.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Images per step.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of every random choice.")
+    ] = None,
+    held_out_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=0.5, help="Share of the images kept to measure accuracy."),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once the task is uploaded.")
+    ] = False,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Teach the classes of a folder, and show the progress. What is not given, the server sets."""
+    session = Session.of(context, server, as_json)
+    try:
+        found = read_folder(folder, classes or ())
+    except (FolderError, OSError) as error:
+        fail(str(error), EXIT_USAGE)
+    if found.left_out:
+        note(f"left out: {found.left_out} files that are not images by their suffix")
+    options: LearnOptions = {
+        "display_name": name,
+        "request_id": request_id,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "rank": rank,
+        "batch_size": batch_size,
+        "seed": seed,
+        "held_out_share": held_out_share,
+    }
+    with session.client() as client:
+        task = learning.upload(client, found.examples, options)
+        if not detach:
+            learning.follow(session, client, task.id)
+        elif session.as_json:
+            session.show([task], "")
+        else:
+            typer.echo(f"task {task.id} is {task.state.lower()}; {learning.how_to_go_on(task.id)}")
+
+
+@app.command()
+def watch(
+    context: typer.Context,
+    task: TaskArgument,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the progress of a task until it ends."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        learning.follow(session, client, task)
+
+
+@app.command()
+def cancel(
+    context: typer.Context,
+    task: TaskArgument,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give up a task that has not ended."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        tasks = [client.cancel(task)]
+        session.show(tasks, render.task_table(tasks))
+
+
+@app.command()
+def tasks(context: typer.Context, server: ServerOption = None, as_json: JsonOption = False) -> None:
+    """List the tasks, newest first."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        found = list(client.tasks())
+        session.show(found, render.task_table(found))
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", exists=True, dir_okay=False)],
+    top_k: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Classes to show for each image.")
+    ] = 1,
+    task: Annotated[str | None, typer.Option(help="Only the classes of this task compete.")] = None,
+    version: Annotated[
+        str | None, typer.Option(help="Ask this version instead of the current one.")
+    ] = None,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Classify image files."""
+    session = Session.of(context, server, as_json)
+    answers: list[render.FileAnswer] = []
+    with session.client() as client:
+        for path in images:
+            try:
+                result = client.predict([path], top_k, version, task)
+            except InvalidArgumentError as error:
+                fail(f"{path}: {error}", EXIT_REFUSED)
+            answers.append(render.FileAnswer.of(path, result))
+    session.show(answers, render.prediction_table(answers))
+
+
+@app.command()
+def versions(
+    context: typer.Context, server: ServerOption = None, as_json: JsonOption = False
+) -> None:
+    """List the published versions, newest first."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        found = list(client.versions())
+        session.show(found, render.version_table(found))
+
+
+@app.command()
+def promote(
+    context: typer.Context,
+    version: Annotated[str, typer.Argument(metavar="N", help="Number of a version.")],
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version answer; promoting an older one rolls back."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        found = [client.promote(version)]
+        session.show(found, render.version_table(found))
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    version: Annotated[str, typer.Option(help="Number of a version, or 'current'.")] = "current",
+    output: Annotated[
+        Path, typer.Option(help="File to write, or a folder to write model.onnx into.")
+    ] = Path("model.onnx"),
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a version as an ONNX file, and verify it."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        file = client.download(version, to=output)
+        session.show(
+            [file],
+            f"{file.path}: version {render.short(file.version)}, {file.artifact.size} bytes, "
+            f"SHA-256 {file.artifact.sha256}",
+        )
+
+
+def main() -> None:
+    """Run the command, and exit with its code."""
+    app(prog_name="inflora")

@@ -1,0 +1,174 @@
+"""Tables and the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from inflora_client import ClassScore, PredictResult, Task, TaskStage, TaskState, Version
+
+
+def short(name: str) -> str:
+    """The last part of a resource name, which every command accepts."""
+    return name.rpartition("/")[2] or "-"
+
+
+def describe(task: Task) -> str:
+    """One line on where a task is."""
+    learning = task.state == TaskState.LEARNING and task.stage != TaskStage.UNSPECIFIED
+    words = [(task.stage if learning else task.state).lower()]
+    if learning and task.epochs:
+        words += [f"epoch {task.epoch}/{task.epochs}", f"loss {task.loss:.4f}"]
+    return "  ".join(words)
+
+
+class ProgressBar(Protocol):
+    """Shows one line and how much is done."""
+
+    def __call__(self, text: str, share: float) -> None:
+        """Show a line of text and a share from 0 to 1."""
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressBar]:
+    """Show a live bar on stderr, where there is a terminal to show it on."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        bar = progress.add_task("", total=1.0)
+
+        def show(text: str, share: float) -> None:
+            progress.update(bar, description=text, completed=share)
+
+        yield show
+
+
+def task_table(tasks: Iterable[Task]) -> Table:
+    """One row a task."""
+    return _table(
+        ("task", "name", "state", "classes", "images", "version", "created"),
+        (
+            (
+                task.id,
+                task.display_name,
+                describe(task),
+                len(task.classes),
+                task.example_count,
+                short(task.version),
+                _when(task.create_time),
+            )
+            for task in tasks
+        ),
+    )
+
+
+def version_table(versions: Iterable[Version]) -> Table:
+    """One row a version."""
+    return _table(
+        ("version", "current", "classes", "parent", "task", "created"),
+        (
+            (
+                version.number,
+                "yes" if version.current else "",
+                len(version.classes),
+                short(version.parent),
+                short(version.task),
+                _when(version.create_time),
+            )
+            for version in versions
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FileAnswer:
+    """What ``inflora predict`` shows of one image.
+
+    Attributes:
+        file: The image.
+        version: The version that answered.
+        scores: The likeliest classes, best first.
+        novelty: 0 (known) to 1 (new).
+    """
+
+    file: Path
+    version: str
+    scores: tuple[ClassScore, ...]
+    novelty: float
+
+    @staticmethod
+    def of(file: Path, result: PredictResult) -> FileAnswer:
+        """From the answer to a request for this one image."""
+        (prediction,) = result.predictions
+        return FileAnswer(file, result.version, prediction.scores, prediction.novelty)
+
+
+def prediction_table(answers: Iterable[FileAnswer]) -> Table:
+    """One row for each class of each image."""
+    return _table(
+        ("file", "label", "probability", "version"),
+        (
+            (answer.file, score.label, f"{score.probability:.4f}", short(answer.version))
+            for answer in answers
+            for score in answer.scores
+        ),
+    )
+
+
+def summary_table(task: Task) -> Table:
+    """What a person wants to know of a published task."""
+    rows: list[Sequence[object]] = [
+        ("task", task.id),
+        ("version", short(task.version)),
+        ("classes", ", ".join(c.label for c in task.classes)),
+        ("images", task.example_count),
+    ]
+    if task.report:
+        report = task.report
+        rows += [
+            ("training accuracy", _percent(report.training_accuracy)),
+            ("held-out accuracy", _percent(report.held_out_accuracy)),
+            ("  with the task known", _percent(report.held_out_accuracy_task_known)),
+            ("largest leak", f"{report.leak:.1e}"),
+            ("largest interference", f"{report.interference:.3f}"),
+            ("capacity left", _percent(report.capacity)),
+            ("seconds", f"{sum(s.seconds for s in report.stage_seconds):.1f}"),
+        ]
+        if report.parity:
+            rows.append(("ONNX against torch", f"{report.parity.max_abs_diff:.1e}"))
+        rows += [("warning", warning) for warning in report.warnings]
+    return _table(("", ""), rows, header=False)
+
+
+def _table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, header: bool = True
+) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=header)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: a label is not markup
+    return table
+
+
+def _when(time: datetime | None) -> str:
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if time else "-"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

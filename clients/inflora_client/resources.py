@@ -1,0 +1,359 @@
+"""What the server answers, as frozen dataclasses: plain data without any protobuf in it.
+
+Field for field this is the contract in ``inflora/v1/*.proto``, where units and shapes are stated
+once more. Times are timezone-aware and in UTC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+
+class TaskState(StrEnum):
+    """Where a task is on its way from upload to version."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    """A state that only a newer server knows."""
+    QUEUED = "QUEUED"
+    LEARNING = "LEARNING"
+    PUBLISHED = "PUBLISHED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+class TaskStage(StrEnum):
+    """What the learner is doing, in this order."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    """The task is not being learned, or is at a stage that only a newer server knows."""
+    DECODING = "DECODING"
+    DESIGNING = "DESIGNING"
+    TRAINING = "TRAINING"
+    EXTENDING = "EXTENDING"
+    MERGING = "MERGING"
+    EXPORTING = "EXPORTING"
+    CHECKING = "CHECKING"
+    PUBLISHING = "PUBLISHING"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """A field of a request that the server did not accept.
+
+    Attributes:
+        field: Path of the field in the request, for example ``images[3]``.
+        description: What is wrong with it.
+    """
+
+    field: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a call or a task failed.
+
+    Attributes:
+        code: Name of the gRPC status, for example ``INVALID_ARGUMENT``.
+        message: What is wrong, in English.
+        reason: Stable identifier of the cause; empty when no InfLoRA server gave the answer.
+        field_violations: The fields at fault, where the request was.
+    """
+
+    code: str
+    message: str
+    reason: str = ""
+    field_violations: tuple[FieldViolation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskClass:
+    """One class of a task.
+
+    Attributes:
+        label: The class's label.
+        example_count: Images of it that the task brought.
+        held_out_count: How many of these were kept out of training; 0 until the task is learned.
+    """
+
+    label: str
+    example_count: int
+    held_out_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class LearningSettings:
+    """The settings a task was learned with, after defaults.
+
+    Attributes:
+        epochs: Passes over the training images.
+        learning_rate: Base learning rate.
+        rank: Upper bound of the rank of the update.
+        batch_size: Images per step.
+        seed: Seed of every random choice.
+        held_out_share: Share of images held out, 0 to 0.5.
+        preset: Named settings these were derived from.
+        threshold: Share of energy that is protected after this task, 0 to 1.
+        device: Where the task was learned, for example ``cpu``.
+    """
+
+    epochs: int
+    learning_rate: float
+    rank: int
+    batch_size: int
+    seed: int
+    held_out_share: float
+    preset: str
+    threshold: float
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What one task did to one attention layer, whose input has ``dimension`` dimensions.
+
+    Attributes:
+        layer: The layer's name in the backbone.
+        dimension: Dimension d of the layer's input.
+        rank: Rank of the update; 0 where nothing was free.
+        free_before: Free dimensions before this task.
+        free_after: Free dimensions after this task.
+        leak: norm(dW M) / norm(dW); 0 up to rounding.
+        interference: norm(dW C_old^(1/2)) / (norm(dW) lambda_max(C_old)^(1/2)), 0 to 1.
+    """
+
+    layer: str
+    dimension: int
+    rank: int
+    free_before: int
+    free_after: int
+    leak: float
+    interference: float
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """How well the ONNX file and the learner agree on the task's own images.
+
+    Attributes:
+        images: Images compared.
+        max_abs_diff: Largest absolute difference of a logit.
+        preprocessing_grey_levels: Mean absolute difference of the pixels, in grey levels of 255.
+        top1_agreement: Share of images with the same best class, 0 to 1.
+    """
+
+    images: int
+    max_abs_diff: float
+    preprocessing_grey_levels: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Wall-clock seconds spent in one stage."""
+
+    stage: TaskStage
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReport:
+    """What became of a learned task.
+
+    Attributes:
+        layers: One entry for each attention layer, first to last.
+        leak: Largest leak of any layer.
+        interference: Largest interference of any layer.
+        capacity: Free share of all layers' dimensions after this task, 0 to 1.
+        training_accuracy: On the training images, among this task's classes, 0 to 1.
+        held_out_accuracy_task_known: The same on the held-out images; None without any.
+        held_out_accuracy: On the held-out images, among all classes; None without any.
+        parity: ONNX against the learner; None when it was not measured.
+        stage_seconds: Wall-clock seconds for each stage, in order.
+        settings: The settings in use.
+        epoch_losses: Mean loss of each epoch.
+        warnings: Things the owner of the task should know, in English.
+    """
+
+    layers: tuple[LayerReport, ...]
+    leak: float
+    interference: float
+    capacity: float
+    training_accuracy: float
+    held_out_accuracy_task_known: float | None
+    held_out_accuracy: float | None
+    parity: ParityReport | None
+    stage_seconds: tuple[StageSeconds, ...]
+    settings: LearningSettings
+    epoch_losses: tuple[float, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Labelled images on their way to become a version.
+
+    Attributes:
+        name: ``models/{model}/tasks/{task}``.
+        display_name: Free text for people.
+        request_id: Chosen by the client; makes a repeated upload harmless.
+        state: Where the task is.
+        stage: What the learner does now; UNSPECIFIED unless the state is LEARNING.
+        epoch: The running epoch, from 1; 0 before training.
+        epochs: Epochs in all; 0 before training.
+        loss: Mean loss of the running epoch so far; 0 before training.
+        fraction_done: Share of the work done, 0 to 1.
+        classes: The classes, in the order they arrived.
+        example_count: Images in all.
+        example_bytes: Encoded size of all images, in bytes.
+        version: The version that came of it; empty unless PUBLISHED.
+        error: Why the task failed; None unless FAILED.
+        create_time: When the task was accepted.
+        start_time: When the learner began; None before.
+        end_time: When the task ended; None before.
+        report: What became of it; None unless PUBLISHED, and in lists.
+    """
+
+    name: str
+    display_name: str
+    request_id: str
+    state: TaskState
+    stage: TaskStage
+    epoch: int
+    epochs: int
+    loss: float
+    fraction_done: float
+    classes: tuple[TaskClass, ...]
+    example_count: int
+    example_bytes: int
+    version: str
+    error: Failure | None
+    create_time: datetime | None
+    start_time: datetime | None
+    end_time: datetime | None
+    report: TaskReport | None
+
+    @property
+    def id(self) -> str:
+        """The last part of the name: what every method accepts in its place."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the task will not change any more."""
+        return self.state in (TaskState.PUBLISHED, TaskState.FAILED, TaskState.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionClass:
+    """A class that a version knows, and the task that taught it."""
+
+    label: str
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A file of a version.
+
+    Attributes:
+        name: File name, for example ``model.onnx``.
+        size: Size in bytes.
+        sha256: SHA-256 of the content, 64 lower-case hexadecimal digits.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """An immutable state of the model.
+
+    Attributes:
+        name: ``models/{model}/versions/{n}``, n from 1.
+        parent: The version it was learned from; empty for the first.
+        task: The task that made it.
+        create_time: When it was made.
+        current: Whether it answers ``predict``.
+        classes: The classes it knows; position i belongs to logit i.
+        artifacts: Its files.
+        provider: Execution provider that runs it; empty when not loaded.
+    """
+
+    name: str
+    parent: str
+    task: str
+    create_time: datetime | None
+    current: bool
+    classes: tuple[VersionClass, ...]
+    artifacts: tuple[Artifact, ...]
+    provider: str
+
+    @property
+    def number(self) -> int:
+        """The version's number, from 1."""
+        return int(self.name.rpartition("/")[2])
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """A class and its probability among the competing classes, 0 to 1."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one image.
+
+    Attributes:
+        scores: The likeliest classes, best first; never empty.
+        novelty: How little the image looks like any known class, 0 (known) to 1 (new).
+    """
+
+    scores: tuple[ClassScore, ...]
+    novelty: float
+
+    @property
+    def label(self) -> str:
+        """The likeliest class."""
+        return self.scores[0].label
+
+    @property
+    def probability(self) -> float:
+        """Probability of the likeliest class, 0 to 1."""
+        return self.scores[0].probability
+
+
+@dataclass(frozen=True, slots=True)
+class PredictResult:
+    """The answer to one request.
+
+    Attributes:
+        version: The version that answered, ``models/{model}/versions/{n}``.
+        predictions: One for each image, in the order of the images.
+    """
+
+    version: str
+    predictions: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A downloaded and verified file.
+
+    Attributes:
+        path: Where it lies.
+        version: The version it belongs to, ``models/{model}/versions/{n}``.
+        artifact: Its name, size and hash, as the server states them and as they were found.
+    """
+
+    path: Path
+    version: str
+    artifact: Artifact

@@ -1,0 +1,149 @@
+"""``python -m inflora_service``: the server's command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from inflora_core.config import PRESETS, LearnConfig, preset
+from inflora_core.errors import InfloraError, InvalidInputError
+from inflora_service import backbone_source
+from inflora_service.server import Settings, serve
+
+log = logging.getLogger("inflora_service")
+
+_LEARN_OPTIONS = (
+    "epochs",
+    "rank",
+    "learning_rate",
+    "batch_size",
+    "seed",
+    "held_out_share",
+    "expected_tasks",
+)
+"""Fields of ``LearnConfig`` with an option of their own; ``--set`` reaches the others."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="inflora_service",
+        description="A gRPC server for one image classifier that never stops learning.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    defaults = Settings(store=Path("inflora-store"))
+
+    def add(group: Any, name: str, default: object, text: str, **more: Any) -> None:
+        group.add_argument(name, default=default, help=text, **more)
+
+    group = parser.add_argument_group("store")
+    add(group, "--store", defaults.store, "folder of the store, made if there is none", type=Path)
+    group.add_argument(
+        "--backbone",
+        help=f"what a new store is made with: {backbone_source.DEFAULT} (as without this option), "
+        "a timm or hf-hub: name, or a safetensors file",
+    )
+    group.add_argument("--architecture", help="timm's name, where a weights file has none")
+
+    group = parser.add_argument_group("network")
+    add(group, "--host", defaults.host, "address to listen on")
+    add(group, "--port", defaults.port, "port to listen on; 0: any free one", type=int)
+    group.add_argument(
+        "--ready-file",
+        type=Path,
+        help="file to write the address to, host:port, once the server listens",
+    )
+    add(
+        group,
+        "--drain-seconds",
+        defaults.drain_seconds,
+        "how long running calls may take after SIGTERM",
+        type=float,
+    )
+
+    group = parser.add_argument_group("learning, where a task asks for nothing else")
+    add(group, "--preset", "default", "named settings to start from", choices=sorted(PRESETS))
+    for name in _LEARN_OPTIONS:
+        group.add_argument(f"--{name.replace('_', '-')}", help=f"setting {name}")
+    group.add_argument(
+        "--set",
+        action="append",
+        dest="assignments",
+        metavar="KEY=VALUE",
+        help="any other setting; can be given more than once",
+    )
+    add(group, "--device", defaults.device, "where to learn", choices=("auto", "cpu", "cuda"))
+    add(group, "--learn-threads", 0, "threads of learning; 0: one a processor", type=int)
+
+    group = parser.add_argument_group("predicting")
+    add(group, "--provider", defaults.provider, "what predicts", choices=("auto", "cpu", "cuda"))
+    add(group, "--predict-threads", 0, "threads of a prediction; 0: one a processor", type=int)
+
+    levels = ("debug", "info", "warning", "error")
+    add(parser, "--log-level", "info", "least severe messages to log", choices=levels)
+    return parser
+
+
+def _learn_config(arguments: argparse.Namespace) -> LearnConfig:
+    changes: dict[str, str] = {}
+    for assignment in getattr(arguments, "assignments", []):
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise InvalidInputError(f"--set takes KEY=VALUE, not {assignment!r}")
+        changes[key] = value
+    for name in _LEARN_OPTIONS:
+        if hasattr(arguments, name):
+            changes[name] = getattr(arguments, name)
+    return preset(arguments.preset).updated(**changes)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    return Settings(
+        store=arguments.store,
+        backbone=getattr(arguments, "backbone", None),
+        architecture=getattr(arguments, "architecture", None),
+        host=arguments.host,
+        port=arguments.port,
+        learn=_learn_config(arguments),
+        provider=arguments.provider,
+        predict_threads=arguments.predict_threads,
+        learn_threads=arguments.learn_threads,
+        device=arguments.device,
+        drain_seconds=arguments.drain_seconds,
+    )
+
+
+def _announce(address: str, ready_file: Path | None) -> None:
+    log.info("ready; try: inflora learn FOLDER, then: inflora predict IMAGE (server %s)", address)
+    if ready_file is not None:
+        draft = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
+        draft.write_text(f"{address}\n")
+        os.replace(draft, ready_file)
+
+
+def main() -> int:
+    """Serve until a signal; return the exit status."""
+    arguments = _parser().parse_args()
+    logging.basicConfig(
+        level=arguments.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    ready_file = getattr(arguments, "ready_file", None)
+    try:
+        if ready_file is not None:
+            ready_file.unlink(missing_ok=True)  # left by a server that was killed
+        settings = _settings(arguments)
+        asyncio.run(serve(settings, lambda address: _announce(address, ready_file)))
+    except (InfloraError, OSError) as error:
+        sys.stderr.write(f"inflora_service: error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Between protobuf messages and ``inflora_core.model``. Pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any, Literal, get_args
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import status_pb2
+
+from inflora.v1 import model_service_pb2 as model_pb
+from inflora.v1 import predictor_service_pb2 as predictor_pb
+from inflora.v1 import task_pb2 as pb
+from inflora_core.config import LearnConfig
+from inflora_core.errors import ERRORS_BY_REASON, InfloraError, InvalidInputError
+from inflora_core.model import (
+    Failure,
+    FileEntry,
+    TaskReport,
+    TaskState,
+    Version,
+)
+from inflora_service.errors import to_status
+from inflora_service.names import check_model, task_name, version_name
+from inflora_service.serving import Answer
+from inflora_service.tasks import Snapshot
+from inflora_service.uploads import Example, TaskRequest
+
+_Setting = Literal["epochs", "learning_rate", "rank", "batch_size", "seed", "held_out_share"]
+
+MAX_DISPLAY_NAME = 200
+MAX_REQUEST_ID = 128
+
+_SETTINGS: tuple[_Setting, ...] = get_args(_Setting)
+"""What a spec may set: fields of ``TaskSpec`` and of ``LearnConfig`` alike."""
+
+
+def decode_spec(spec: pb.TaskSpec, config: LearnConfig) -> TaskRequest:
+    """Return what ``spec`` asks for.
+
+    Args:
+        spec: As it arrived.
+        config: The server's settings, which the spec's are to fit.
+
+    Raises:
+        InvalidInputError: a field is not acceptable.
+        NotFoundError: there is no such model.
+    """
+    check_model(spec.parent, field="parent")
+    for field, limit in (("display_name", MAX_DISPLAY_NAME), ("request_id", MAX_REQUEST_ID)):
+        if len(getattr(spec, field)) > limit:
+            raise InvalidInputError(f"it has at most {limit} characters", field=field)
+    settings: dict[str, Any] = {
+        name: getattr(spec, name) for name in _SETTINGS if spec.HasField(name)
+    }
+    config.updated(**settings)
+    return TaskRequest(spec.display_name, spec.request_id, settings)
+
+
+def decode_examples(batch: pb.ExampleBatch) -> list[Example]:
+    """Return the examples of a batch."""
+    return [Example(example.image, example.label) for example in batch.examples]
+
+
+def encode_task(snapshot: Snapshot, *, report: bool = True) -> pb.Task:
+    """Return a task as clients see it.
+
+    Args:
+        snapshot: The task.
+        report: Whether to include its report.
+    """
+    task = snapshot.task
+    held_out = task.report.held_out_counts if task.report else {}
+    message = pb.Task(
+        name=task_name(task.id),
+        display_name=task.display_name,
+        request_id=task.request_id,
+        state=pb.TaskState.Value(f"TASK_STATE_{task.state}"),
+        classes=[
+            pb.TaskClass(label=label, example_count=count, held_out_count=held_out.get(label, 0))
+            for label, count in zip(task.labels, task.example_counts, strict=True)
+        ],
+        example_count=sum(task.example_counts),
+        example_bytes=task.example_bytes,
+        version=_version(task.version),
+        error=_failure(task.failure) if task.failure else None,
+        create_time=_timestamp(task.create_time),
+        start_time=_timestamp(task.start_time) if task.start_time else None,
+        end_time=_timestamp(task.end_time) if task.end_time else None,
+        report=_report(task.report) if task.report and report else None,
+    )
+    if task.report:
+        losses = task.report.epoch_losses
+        message.epoch = message.epochs = len(losses)
+        message.loss = losses[-1] if losses else 0.0
+        message.fraction_done = 1.0
+    elif progress := snapshot.progress:
+        message.epoch, message.epochs = progress.epoch, progress.epochs
+        message.loss = progress.loss
+        message.fraction_done = progress.fraction
+        if task.state is TaskState.LEARNING:
+            message.stage = pb.TaskStage.Value(f"TASK_STAGE_{progress.stage}")
+    return message
+
+
+def encode_version(version: Version, *, current: bool, provider: str) -> model_pb.Version:
+    """Return a version as clients see it.
+
+    Args:
+        version: Its manifest.
+        current: Whether it answers calls that name no version.
+        provider: What runs it, "" when it is not loaded.
+    """
+    return model_pb.Version(
+        name=version_name(version.number),
+        parent=_version(version.parent),
+        task=task_name(version.task),
+        create_time=_timestamp(version.create_time),
+        current=current,
+        classes=[
+            model_pb.VersionClass(label=entry.label, task=task_name(entry.task))
+            for entry in version.classes
+        ],
+        artifacts=[encode_artifact(entry) for entry in version.files],
+        provider=provider,
+    )
+
+
+def encode_artifact(entry: FileEntry) -> model_pb.Artifact:
+    """Return a version's file as clients see it."""
+    return model_pb.Artifact(name=entry.name, size=entry.size, sha256=entry.sha256)
+
+
+def encode_answer(answer: Answer) -> predictor_pb.PredictResponse:
+    """Return what a version says about a call's images."""
+    return predictor_pb.PredictResponse(
+        predictions=[
+            predictor_pb.Prediction(
+                scores=[
+                    predictor_pb.ClassScore(label=label, probability=probability)
+                    for label, probability in scores
+                ],
+                novelty=novelty,
+            )
+            for scores, novelty in zip(answer.scores, answer.novelty, strict=True)
+        ],
+        version=version_name(answer.version),
+    )
+
+
+def _version(number: int | None) -> str:
+    return "" if number is None else version_name(number)
+
+
+def _failure(failure: Failure) -> status_pb2.Status:
+    kind = ERRORS_BY_REASON.get(failure.reason, InfloraError)
+    return to_status(kind(failure.message, field=failure.field))
+
+
+def _report(report: TaskReport) -> pb.TaskReport:
+    settings = report.settings
+    return pb.TaskReport(
+        layers=[pb.LayerReport(**asdict(layer)) for layer in report.layers],
+        leak=report.leak,
+        interference=report.interference,
+        capacity=report.capacity,
+        training_accuracy=report.training_accuracy,
+        held_out_accuracy_task_known=report.held_out_accuracy_task_known,
+        held_out_accuracy=report.held_out_accuracy,
+        parity=pb.ParityReport(**asdict(report.parity)) if report.parity else None,
+        stage_seconds=[
+            pb.StageSeconds(stage=pb.TaskStage.Value(f"TASK_STAGE_{stage}"), seconds=seconds)
+            for stage, seconds in report.stage_seconds.items()
+        ],
+        settings=pb.LearningSettings(
+            **{name: settings[name] for name in (*_SETTINGS, "preset")},
+            threshold=report.threshold,
+            device=report.device,
+        ),
+        epoch_losses=report.epoch_losses,
+        warnings=report.warnings,
+    )
+
+
+def _timestamp(moment: datetime) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromDatetime(moment)
+    return timestamp

@@ -1,0 +1,182 @@
+"""From ``InfloraError`` to gRPC: one table, applied to every handler by one interceptor."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Never, TypeAlias
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from inflora_core import errors
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "inflora"
+"""``domain`` of every ``google.rpc.ErrorInfo`` of ours."""
+
+MAX_MESSAGE_BYTES = 1024
+"""A message travels twice in the trailing metadata, of which clients accept 8 KiB."""
+
+CODES: dict[type[errors.InfloraError], grpc.StatusCode] = {
+    errors.InfloraError: grpc.StatusCode.INTERNAL,
+    errors.InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InvalidImageError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnsupportedBackboneError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.LimitExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.ConflictError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.StateError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.OutOfRangeError: grpc.StatusCode.OUT_OF_RANGE,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.CancelledError: grpc.StatusCode.CANCELLED,
+    errors.DamagedError: grpc.StatusCode.DATA_LOSS,
+    errors.StoreFormatError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ParityError: grpc.StatusCode.INTERNAL,
+    errors.LearnerCrashedError: grpc.StatusCode.INTERNAL,
+}
+"""The one place that says which error is which status."""
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+# Quoted, because only the type stubs know that grpc's classes are generic.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+def to_status(error: errors.InfloraError) -> status_pb2.Status:
+    """Return ``error`` as clients see it: code, message, ErrorInfo, and BadRequest for a field."""
+    message = _clipped(error.message)
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    status = status_pb2.Status(code=CODES[type(error)].value[0], message=message)
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_clipped(error.field), description=message
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def from_exception(error: Exception) -> errors.InfloraError:
+    """Return what a client may know of ``error``; what it may not is logged under an id."""
+    if isinstance(error, errors.InfloraError):
+        return error
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        log.error("the disk is full: %s", error)
+        return errors.LimitExceededError("the server's disk is full; retry later")
+    reference = uuid.uuid4().hex[:12]
+    log.error("error %s", reference, exc_info=error)
+    if isinstance(error, OSError):
+        return errors.UnavailableError(
+            f"the server cannot use its storage; retry later (error {reference} in its log)"
+        )
+    return errors.InfloraError(f"internal error (error {reference} in the server's log)")
+
+
+@contextlib.contextmanager
+def fields_under(prefix: str, **renamed: str) -> Iterator[None]:
+    """Name fields as the caller's request does.
+
+    Args:
+        prefix: Goes before every field, for example ``spec.``.
+        **renamed: What the caller calls a field.
+
+    Raises:
+        InfloraError: that of the block, with its field renamed.
+    """
+    try:
+        yield
+    except errors.InfloraError as error:
+        if not error.field:
+            raise
+        field = prefix + renamed.get(error.field, error.field)
+        # Not changed in place: several calls can wait for, and get, one and the same error.
+        raise type(error)(error.message, field=field) from error
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what handlers raise into a status with details; handlers know nothing of codes."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Return the handler of the call, guarded."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return grpc.stream_stream_rpc_method_handler(_unknown_method)
+        if not handler_call_details.method.startswith("/inflora."):
+            return handler  # health and reflection have statuses of their own
+        return _guarded(handler)
+
+
+def _guarded(handler: Any) -> Handler:
+    kinds = [
+        "stream" if streams else "unary"
+        for streams in (handler.request_streaming, handler.response_streaming)
+    ]
+    kind = "_".join(kinds)
+    guard = _guard_stream if handler.response_streaming else _guard_unary
+    guarded: Handler = getattr(grpc, f"{kind}_rpc_method_handler")(
+        guard(getattr(handler, kind)), handler.request_deserializer, handler.response_serializer
+    )
+    return guarded
+
+
+def _guard_unary(behaviour: Callable[..., Any]) -> Callable[[Any, Context], Awaitable[Any]]:
+    async def answer(request: Any, context: Context) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:
+            await _abort(context, error)
+
+    return answer
+
+
+def _guard_stream(behaviour: Callable[..., Any]) -> Callable[[Any, Context], AsyncIterator[Any]]:
+    async def answers(request: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            # Closing runs the handler's clean-up now, not whenever it is collected.
+            async with contextlib.aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:
+            await _abort(context, error)
+
+    return answers
+
+
+async def _abort(context: Context, error: Exception) -> Never:
+    if isinstance(error, grpc.aio.BaseError):
+        raise error  # grpc's own business, for example that the client is gone
+    await _abort_with(context, to_status(from_exception(error)))
+
+
+async def _abort_with(context: Context, status: status_pb2.Status) -> Never:
+    answer = rpc_status.to_status(status)
+    await context.abort(answer.code, answer.details, answer.trailing_metadata)
+
+
+async def _unknown_method(request: object, context: Context) -> None:
+    status = to_status(
+        errors.NotFoundError("the server has no such method; is it of an older release?")
+    )
+    status.code = grpc.StatusCode.UNIMPLEMENTED.value[0]
+    await _abort_with(context, status)
+
+
+def _clipped(text: str) -> str:
+    """Return ``text``, cut to what fits the metadata and made valid Unicode."""
+    return text.encode("utf-8", "replace")[:MAX_MESSAGE_BYTES].decode("utf-8", "ignore")

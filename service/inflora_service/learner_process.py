@@ -1,0 +1,320 @@
+"""The server's end of the learning worker: a process that may die without taking anything along.
+
+``inflora_core.worker`` describes the protocol. The worker works on one job at a time; a worker that
+dies is replaced, and what it was working on fails with ``LearnerCrashedError``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inflora_core.config import LearnConfig
+from inflora_core.errors import (
+    ERRORS_BY_REASON,
+    CancelledError,
+    InfloraError,
+    LearnerCrashedError,
+)
+from inflora_core.model import Progress, Stage
+
+log = logging.getLogger(__name__)
+
+RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0, 15.0)
+"""Seconds before a restart, by how many workers died since one last finished a job."""
+
+UNHEALTHY_AFTER = 3
+"""Workers that died in a row before they were ready: the next will hardly do better."""
+
+_STOP_SECONDS = 5.0
+_LINE_BYTES = 2**20
+
+
+@dataclass
+class _Job:
+    """The one command that the worker carries out.
+
+    Attributes:
+        command: As sent.
+        result: The version for "learn", None for "prepare".
+        on_progress: Told of every progress event.
+        sent: Whether the present worker got it.
+        attempts: How many workers got it.
+        progress: The last one reported, None before the first.
+    """
+
+    command: dict[str, Any]
+    on_progress: Callable[[Progress], None]
+    result: asyncio.Future[int | None] = field(default_factory=asyncio.Future)
+    sent: bool = False
+    attempts: int = 0
+    progress: Progress | None = None
+
+    @property
+    def task(self) -> str | None:
+        return self.command.get("task")
+
+
+class LearnerProcess:
+    """Keeps one learning worker running and gives it one job at a time.
+
+    Args:
+        command: How to start a worker.
+        keep_open: Descriptors that the worker inherits; see ``server.StoreLock``.
+        on_health: Told whether workers come up, whenever that changes.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        keep_open: Sequence[int] = (),
+        on_health: Callable[[bool], None] = lambda healthy: None,
+    ) -> None:
+        self._command = command
+        self._keep_open = keep_open
+        self._on_health = on_health
+        self._process: asyncio.subprocess.Process | None = None
+        self._ready = asyncio.Event()
+        self._job: _Job | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._deaths = 0
+        self._deaths_unready = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker, None while there is none."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start a worker, and from now on a new one whenever it dies."""
+        self._supervisor = asyncio.create_task(self._supervise(), name="learner-supervisor")
+
+    async def stop(self) -> None:
+        """End the worker. A job in work never gets a result."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+            self._supervisor = None
+
+    async def wait_ready(self) -> None:
+        """Wait until a worker can start on a job at once."""
+        await self._ready.wait()
+
+    async def prepare(self, backbone: str, architecture: str | None) -> None:
+        """Have the worker give the store its backbone.
+
+        Raises:
+            InfloraError: as the worker reports it, for example ``UnsupportedBackboneError``.
+            LearnerCrashedError: the worker died of it.
+        """
+        command = {"command": "prepare", "backbone": backbone, "architecture": architecture}
+        await self._run(_Job(command, lambda progress: None))
+
+    async def learn(
+        self,
+        task: str,
+        spool: Path,
+        settings: LearnConfig,
+        parent: int | None,
+        on_progress: Callable[[Progress], None],
+    ) -> int:
+        """Have the worker learn ``task``; return the version, durable but not yet current.
+
+        Raises:
+            CancelledError: ``cancel`` came in time.
+            LearnerCrashedError: the worker died of it.
+            InfloraError: any other failure that the worker reports.
+        """
+        command = {
+            "command": "learn",
+            "task": task,
+            "spool": str(spool),
+            "settings": settings.model_dump(mode="json"),
+            "parent": parent,
+        }
+        number = await self._run(_Job(command, on_progress))
+        if number is None:
+            raise InfloraError("the learning worker did not name the version")
+        return number
+
+    def cancel(self, task: str) -> None:
+        """Ask for ``task`` to be given up; ``learn`` raises ``CancelledError`` if it is."""
+        if self._job is None or self._job.task != task:
+            return
+        if self._job.sent:
+            self._send({"command": "cancel", "task": task})
+        else:
+            self._finish(CancelledError("cancelled before the learner began"))
+
+    async def _run(self, job: _Job) -> int | None:
+        if self._job is not None:
+            raise InfloraError("the learning worker has a job already")
+        self._job = job
+        try:
+            self._submit()
+            return await job.result
+        finally:
+            self._job = None
+
+    def _submit(self) -> None:
+        """Send the job if there is one and a worker that takes it."""
+        if self._job is not None and self._ready.is_set():
+            self._job.sent = True
+            self._job.attempts += 1
+            self._send(self._job.command)
+
+    def _send(self, command: dict[str, Any]) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+
+    def _finish(self, result: int | InfloraError | None) -> None:
+        if self._job is None or self._job.result.done():
+            return
+        if isinstance(result, InfloraError):
+            self._job.result.set_exception(result)
+        else:
+            self._job.result.set_result(result)
+
+    # -- one worker after the other ---------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        while True:
+            try:
+                ended = await self._live()
+            except OSError as error:
+                ended = f"could not be started: {error}"
+            if not self._ready.is_set():
+                self._deaths_unready += 1
+                if self._deaths_unready == UNHEALTHY_AFTER:
+                    self._on_health(False)
+            self._ready.clear()
+            delay = RESTART_DELAYS[min(self._deaths, len(RESTART_DELAYS) - 1)]
+            self._deaths += 1
+            log.error("the learning worker %s; restarting it in %g s", ended, delay)
+            self._crash_job(ended)
+            await asyncio.sleep(delay)
+
+    async def _live(self) -> str:
+        """Run one worker from its start to its end; return how it ended."""
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_LINE_BYTES,
+            pass_fds=tuple(self._keep_open),
+            # A Ctrl-C at the terminal is for the server, which then ends the worker.
+            start_new_session=True,
+        )
+        self._process = process
+        log.info("learning worker started, process %d", process.pid)
+        try:
+            await self._read_events(process)
+            # Its output ended, so it is ending; one that is not is of no use any more.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+        finally:
+            await _end(process)
+            self._process = None
+        return _how_it_ended(process.returncode)
+
+    def _crash_job(self, ended: str) -> None:
+        job = self._job
+        if job is None:
+            return
+        if not job.sent:
+            if job.task is None and self._deaths_unready >= UNHEALTHY_AFTER:
+                # The server waits for this before it serves at all, so it must hear of it.
+                self._finish(LearnerCrashedError(f"the learning worker {ended} on its start"))
+            return
+        if job.progress is None and job.attempts == 1:
+            # It may have died before it read the command: not the job's fault, so far.
+            job.sent = False
+            return
+        at = f" at stage {job.progress.stage}" if job.progress else ""
+        if job.progress and job.progress.epoch:
+            at += f", epoch {job.progress.epoch} of {job.progress.epochs}"
+        self._finish(LearnerCrashedError(f"the learning worker {ended}{at}"))
+
+    async def _read_events(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        while True:
+            try:
+                line = await process.stdout.readline()
+            except ValueError:
+                log.warning("the learning worker sent a line over %d bytes", _LINE_BYTES)
+                return
+            if not line:
+                return
+            try:
+                self._on_event(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                log.exception("the learning worker sent what is no event: %.200r", line)
+                return
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "ready":
+            self._deaths_unready = 0
+            self._ready.set()
+            self._on_health(True)
+            self._submit()
+            return
+        job = self._job
+        if job is None or event.get("task") != job.task:
+            return  # of a job that nobody waits for any more
+        if kind == "progress":
+            job.progress = Progress(
+                Stage(event["stage"]),
+                event["fraction"],
+                event["epoch"],
+                event["epochs"],
+                event["loss"],
+            )
+            job.on_progress(job.progress)
+            return
+        self._deaths = 0
+        match kind:
+            case "prepared":
+                self._finish(None)
+            case "learned":
+                self._finish(int(event["version"]))
+            case "cancelled":
+                self._finish(CancelledError("cancelled on request"))
+            case "failed":
+                error = ERRORS_BY_REASON.get(event["reason"], InfloraError)
+                self._finish(error(event["message"], field=event["field"]))
+            case _:
+                raise ValueError(f"unknown event {kind!r}")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End the worker: at once if it does not end by itself when its input does."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _how_it_ended(status: int | None) -> str:
+    if status is None:
+        return "ended"
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = " (often a sign of too little memory)" if -status == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"

@@ -1,0 +1,76 @@
+"""``LearnerService``: decode, call ``TaskQueue``, encode."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from inflora.v1 import learner_service_pb2 as pb
+from inflora.v1 import learner_service_pb2_grpc
+from inflora_core.config import LearnConfig
+from inflora_core.errors import InvalidInputError
+from inflora_service import codec, names
+from inflora_service.errors import Context, fields_under
+from inflora_service.tasks import TaskQueue
+
+
+class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
+    """Handlers; ``ErrorInterceptor`` turns what they raise into a status."""
+
+    def __init__(self, tasks: TaskQueue, config: LearnConfig) -> None:
+        self._tasks = tasks
+        self._config = config
+
+    async def LearnTask(
+        self, request_iterator: AsyncIterator[pb.LearnTaskRequest], context: Context
+    ) -> pb.LearnTaskResponse:
+        """Take an upload, and answer once it is a task."""
+        first = await anext(request_iterator, None)
+        if first is None or not first.HasField("spec"):
+            raise InvalidInputError("the first message must hold the spec", field="spec")
+        with fields_under("spec."):
+            request = codec.decode_spec(first.spec, self._config)
+        async with self._tasks.upload(request) as upload:
+            async for message in request_iterator:
+                match message.WhichOneof("payload"):
+                    case "examples":
+                        await upload.add(codec.decode_examples(message.examples))
+                    case "spec":
+                        raise InvalidInputError("only the first message holds a spec", field="spec")
+                    case _:
+                        raise InvalidInputError("the message is empty", field="payload")
+            task = await self._tasks.accept(upload)
+        return pb.LearnTaskResponse(task=codec.encode_task(await self._tasks.get(task.id)))
+
+    async def WatchTask(
+        self, request: pb.WatchTaskRequest, context: Context
+    ) -> AsyncIterator[pb.WatchTaskResponse]:
+        """Stream the task until it has ended."""
+        task = names.parse_task(request.name, field="name")
+        async with aclosing(self._tasks.watch(task)) as snapshots:
+            async for snapshot in snapshots:
+                yield pb.WatchTaskResponse(task=codec.encode_task(snapshot))
+
+    async def GetTask(self, request: pb.GetTaskRequest, context: Context) -> pb.GetTaskResponse:
+        """Return a task."""
+        snapshot = await self._tasks.get(names.parse_task(request.name, field="name"))
+        return pb.GetTaskResponse(task=codec.encode_task(snapshot))
+
+    async def ListTasks(
+        self, request: pb.ListTasksRequest, context: Context
+    ) -> pb.ListTasksResponse:
+        """Return a page of tasks."""
+        names.check_model(request.parent, field="parent")
+        page = names.Page.of("tasks", request.page_size, request.page_token)
+        rows, token = page.cut(await self._tasks.page(page.before, page.size + 1))
+        return pb.ListTasksResponse(
+            tasks=[codec.encode_task(snapshot, report=False) for snapshot in rows],
+            next_page_token=token,
+        )
+
+    async def CancelTask(
+        self, request: pb.CancelTaskRequest, context: Context
+    ) -> pb.CancelTaskResponse:
+        """Give a task up."""
+        snapshot = await self._tasks.cancel(names.parse_task(request.name, field="name"))
+        return pb.CancelTaskResponse(task=codec.encode_task(snapshot))

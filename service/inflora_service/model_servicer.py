@@ -1,0 +1,93 @@
+"""``ModelService``: decode, call ``Store`` and ``ModelHost``, encode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from inflora.v1 import model_service_pb2 as pb
+from inflora.v1 import model_service_pb2_grpc
+from inflora_core.errors import NotFoundError
+from inflora_core.model import Version
+from inflora_core.store import ONNX_FILE, Store
+from inflora_service import codec, names
+from inflora_service.artifacts import read_artifact
+from inflora_service.errors import Context
+from inflora_service.serving import ModelHost
+
+
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
+    """Handlers; ``ErrorInterceptor`` turns what they raise into a status."""
+
+    def __init__(self, store: Store, host: ModelHost) -> None:
+        self._store = store
+        self._host = host
+
+    async def ListVersions(
+        self, request: pb.ListVersionsRequest, context: Context
+    ) -> pb.ListVersionsResponse:
+        """Return a page of versions."""
+        names.check_model(request.parent, field="parent")
+        page = names.Page.of("versions", request.page_size, request.page_token)
+        versions, token = page.cut(await asyncio.to_thread(self._newest, page))
+        return pb.ListVersionsResponse(
+            versions=[self._encode(version) for version in versions], next_page_token=token
+        )
+
+    async def GetVersion(
+        self, request: pb.GetVersionRequest, context: Context
+    ) -> pb.GetVersionResponse:
+        """Return a version."""
+        return pb.GetVersionResponse(version=self._encode(await self._version(request.name)))
+
+    async def PromoteVersion(
+        self, request: pb.PromoteVersionRequest, context: Context
+    ) -> pb.PromoteVersionResponse:
+        """Make a version current."""
+        number = names.parse_version(request.name, field="name")
+        version = await self._host.promote(number)
+        return pb.PromoteVersionResponse(version=self._encode(version))
+
+    async def DownloadArtifact(
+        self, request: pb.DownloadArtifactRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadArtifactResponse]:
+        """Stream a file of a version."""
+        version = await self._version(request.name)
+        name = request.artifact or ONNX_FILE
+        path = await asyncio.to_thread(self._store.path, version.number, name)
+        entry = version.file(name)
+        assert entry is not None, "Store.path refuses what the manifest does not list"
+        position = request.offset
+        response = pb.DownloadArtifactResponse(
+            artifact=codec.encode_artifact(entry), version=names.version_name(version.number)
+        )
+        async with aclosing(read_artifact(path, entry, position)) as chunks:
+            async for chunk in chunks:
+                response.data, response.offset = chunk, position
+                yield response
+                position += len(chunk)
+                response = pb.DownloadArtifactResponse()
+
+    def _newest(self, page: names.Page) -> list[tuple[int, Version]]:
+        numbers = [
+            number
+            for number in reversed(self._store.numbers())
+            if page.before is None or number < page.before
+        ]
+        return [(number, self._store.version(number)) for number in numbers[: page.size + 1]]
+
+    async def _version(self, name: str) -> Version:
+        number = names.parse_version_or_current(name, field="name")
+        if number is None:
+            number = await asyncio.to_thread(self._store.current)
+        if number is None:
+            raise NotFoundError("no version is published yet", field="name")
+        return await asyncio.to_thread(self._store.version, number)
+
+    def _encode(self, version: Version) -> pb.Version:
+        return codec.encode_version(
+            version,
+            current=self._host.is_current(version.number),
+            provider=self._host.provider(version.number),
+        )

@@ -1,0 +1,52 @@
+"""``PredictorService``: decode, call ``ModelHost``, encode."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from inflora.v1 import predictor_service_pb2 as pb
+from inflora.v1 import predictor_service_pb2_grpc
+from inflora_core.errors import InvalidInputError, StateError
+from inflora_service import codec, names
+from inflora_service.errors import Context, fields_under
+from inflora_service.serving import DEFAULT_TOP_K, ModelHost
+from inflora_service.tasks import TaskQueue
+
+
+class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
+    """Handlers; ``ErrorInterceptor`` turns what they raise into a status."""
+
+    def __init__(self, host: ModelHost, tasks: TaskQueue) -> None:
+        self._host = host
+        self._tasks = tasks
+
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+        """Classify images."""
+        return await self._predict(request)
+
+    async def PredictStream(
+        self, request_iterator: AsyncIterator[pb.PredictStreamRequest], context: Context
+    ) -> AsyncIterator[pb.PredictStreamResponse]:
+        """Classify images, request by request."""
+        async for message in request_iterator:
+            with fields_under("request."):
+                response = await self._predict(message.request)
+            yield pb.PredictStreamResponse(response=response, correlation_id=message.correlation_id)
+
+    async def _predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
+        names.check_model(request.model, field="model")
+        if request.top_k < 0:
+            raise InvalidInputError(f"it is {request.top_k}, but at least 0", field="top_k")
+        version = names.parse_version(request.version, field="version") if request.version else None
+        task = names.parse_task(request.task, field="task") if request.task else None
+        try:
+            with fields_under("", name="version"):
+                answer = await self._host.predict(
+                    request.images, version=version, task=task, top_k=request.top_k or DEFAULT_TOP_K
+                )
+        except StateError:
+            if task is not None:
+                with fields_under("", name="task"):
+                    await self._tasks.get(task)  # a task that nobody knows is NOT_FOUND
+            raise
+        return codec.encode_answer(answer)

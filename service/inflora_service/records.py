@@ -1,0 +1,179 @@
+"""Task records in SQLite: what was acknowledged outlives a power cut.
+
+    tasks(seq, id, request_id, state, record)
+
+``record`` is an ``inflora_core.model.Task`` as JSON; the other columns are copies of its fields to
+search by. All methods block: call them through ``asyncio.to_thread``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from inflora_core.errors import (
+    DamagedError,
+    LimitExceededError,
+    NotFoundError,
+    StoreFormatError,
+    UnavailableError,
+)
+from inflora_core.model import Task, TaskState
+
+FORMAT = 1
+FILE = "tasks.sqlite"
+
+_TASK = TypeAdapter(Task)
+
+_SCHEMA = f"""
+    CREATE TABLE IF NOT EXISTS tasks (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        request_id TEXT NOT NULL,
+        state TEXT NOT NULL,
+        record TEXT NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX IF NOT EXISTS tasks_request_id ON tasks (request_id)
+        WHERE request_id <> '';
+    CREATE INDEX IF NOT EXISTS tasks_state ON tasks (state);
+    PRAGMA user_version = {FORMAT};
+"""
+
+_UNFINISHED = [state.value for state in TaskState if not state.ended]
+
+
+class TaskRecords:
+    """The records of one store. Safe for many threads of one process."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the records in ``folder``, made if there are none.
+
+        Raises:
+            StoreFormatError: a newer release wrote them.
+            DamagedError: the file is not what SQLite wrote.
+        """
+        self._path = folder / FILE
+        self._lock = threading.Lock()
+        with self._translated():
+            self._connection = sqlite3.connect(
+                self._path, isolation_level=None, check_same_thread=False
+            )
+        try:
+            self._prepare()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _prepare(self) -> None:
+        with self._translated():
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            # In WAL mode only FULL makes a commit outlive a power cut.
+            self._connection.execute("PRAGMA synchronous = FULL")
+            (number,) = self._connection.execute("PRAGMA user_version").fetchone()
+            if number > FORMAT:
+                raise StoreFormatError(
+                    f"{self._path} has format {number}; this release reads up to {FORMAT}"
+                )
+            if number < FORMAT:
+                self._connection.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Close the file; no method may be called afterwards."""
+        with self._lock:
+            self._connection.close()
+
+    def insert(self, task: Task) -> None:
+        """Add the record of a new task, durably.
+
+        Raises:
+            LimitExceededError: the disk is full.
+            UnavailableError: the disk cannot be used.
+        """
+        self._execute(
+            "INSERT INTO tasks (id, request_id, state, record) VALUES (?, ?, ?, ?)",
+            (task.id, task.request_id, task.state.value, _encode(task)),
+        )
+
+    def update(self, task: Task) -> None:
+        """Replace the record of a task, durably.
+
+        Raises:
+            LimitExceededError: the disk is full.
+            UnavailableError: the disk cannot be used.
+        """
+        self._execute(
+            "UPDATE tasks SET state = ?, record = ? WHERE id = ?",
+            (task.state.value, _encode(task), task.id),
+        )
+
+    def get(self, task: str) -> Task:
+        """Return the record of a task.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        rows = self._execute("SELECT record FROM tasks WHERE id = ?", (task,))
+        if not rows:
+            raise NotFoundError(f"there is no task {task!r}", field="name")
+        return self._decode(rows[0][0])
+
+    def by_request_id(self, request_id: str) -> Task | None:
+        """Return the task that was made under ``request_id`` (not ""), or None."""
+        rows = self._execute(
+            "SELECT record FROM tasks WHERE request_id = ? AND request_id <> ''", (request_id,)
+        )
+        return self._decode(rows[0][0]) if rows else None
+
+    def page(self, before: int | None, size: int) -> list[tuple[int, Task]]:
+        """Return up to ``size`` tasks, newest first, with the number each has in the order.
+
+        Args:
+            before: Only tasks with a smaller number; None for the newest.
+            size: Most tasks to return.
+        """
+        rows = self._execute(
+            "SELECT seq, record FROM tasks WHERE seq < ? ORDER BY seq DESC LIMIT ?",
+            (2**63 - 1 if before is None else before, size),
+        )
+        return [(number, self._decode(record)) for number, record in rows]
+
+    def unfinished(self) -> list[Task]:
+        """Return the tasks that have not ended, in the order of their arrival."""
+        marks = ", ".join("?" * len(_UNFINISHED))
+        rows = self._execute(
+            f"SELECT record FROM tasks WHERE state IN ({marks}) ORDER BY seq", _UNFINISHED
+        )
+        return [self._decode(record) for (record,) in rows]
+
+    def _execute(self, statement: str, values: tuple[object, ...] | list[str]) -> list[Any]:
+        with self._lock, self._translated():
+            return self._connection.execute(statement, values).fetchall()
+
+    def _decode(self, record: str) -> Task:
+        try:
+            return _TASK.validate_json(record)
+        except ValidationError as error:
+            raise DamagedError(f"a record in {self._path} cannot be read: {error}") from error
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise LimitExceededError("the server's disk is full; retry later") from error
+            raise UnavailableError(f"the task records cannot be used: {error}") from error
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.IntegrityError):
+                raise
+            raise DamagedError(f"{self._path} cannot be read: {error}") from error
+
+
+def _encode(task: Task) -> str:
+    return _TASK.dump_json(task).decode()

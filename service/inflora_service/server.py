@@ -1,0 +1,253 @@
+"""The one place that constructs everything, starts it, and stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from inflora.v1 import (
+    learner_service_pb2,
+    learner_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    predictor_service_pb2,
+    predictor_service_pb2_grpc,
+)
+from inflora_core.config import LearnConfig, Limits
+from inflora_core.errors import UnavailableError
+from inflora_core.predictor import RuntimeOptions
+from inflora_core.store import Store
+from inflora_service import backbone_source
+from inflora_service.backbone_source import BackboneSource
+from inflora_service.errors import ErrorInterceptor
+from inflora_service.learner_process import LearnerProcess
+from inflora_service.learner_servicer import LearnerServicer
+from inflora_service.model_servicer import ModelServicer
+from inflora_service.predictor_servicer import PredictorServicer
+from inflora_service.records import TaskRecords
+from inflora_service.serving import ModelHost
+from inflora_service.store_lock import StoreLock
+from inflora_service.tasks import TaskQueue
+
+log = logging.getLogger(__name__)
+
+SERVER = ""
+LEARNER = learner_service_pb2.DESCRIPTOR.services_by_name["LearnerService"].full_name
+PREDICTOR = predictor_service_pb2.DESCRIPTOR.services_by_name["PredictorService"].full_name
+MODEL = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+"""Names under which health is asked for; ``SERVER`` is the server as a whole."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server can be told.
+
+    Attributes:
+        store: Folder of the store, made if there is none.
+        backbone: What a new store is made with: ``bundled``, a name on a model hub, or a file. None
+            means ``bundled`` for a new store, and whatever it has for an existing one.
+        architecture: timm's name of the architecture, where the backbone does not say.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes any free one.
+        learn: Settings of tasks that ask for none.
+        limits: What is refused.
+        provider: What onnxruntime predicts with.
+        predict_threads: Threads of one prediction; 0: one for each processor.
+        learn_threads: Threads of the learning worker; 0: one for each processor.
+        device: What the learning worker learns on: ``auto``, ``cpu`` or ``cuda``.
+        drain_seconds: How long running calls may take when the server stops.
+        worker: How to start the learning worker; more arguments are appended.
+    """
+
+    store: Path
+    backbone: str | None = None
+    architecture: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 50051
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    limits: Limits = field(default_factory=Limits)
+    provider: Literal["auto", "cpu", "cuda"] = "auto"
+    predict_threads: int = 0
+    learn_threads: int = 0
+    device: str = "auto"
+    drain_seconds: float = 30.0
+    worker: tuple[str, ...] = (sys.executable, "-m", "inflora_core.worker")
+
+
+class Server:
+    """A server, from ``start`` to ``stop``.
+
+    Attributes:
+        address: Where it listens, ``host:port``; "" before ``start``.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.address = ""
+        self._settings = settings
+        self._health = health_aio.HealthServicer()
+        self._health_changes: set[asyncio.Task[None]] = set()
+        self._undo = AsyncExitStack()
+
+    async def start(self) -> None:
+        """Take the store and the port, and serve. Nothing stays behind if that fails.
+
+        Raises:
+            UnavailableError: the port, the store or the execution provider cannot be had.
+            StoreFormatError: a newer release wrote the store.
+            DamagedError: the store's backbone or its records are damaged.
+            InfloraError: for a new store, why there can be none with that backbone.
+        """
+        async with AsyncExitStack() as undo:
+            await self._start(undo)
+            self._undo = undo.pop_all()
+
+    async def stop(self) -> None:
+        """Refuse what is new, finish what runs, and leave the store to the next server."""
+        await self._undo.aclose()
+
+    async def _start(self, undo: AsyncExitStack) -> None:
+        # What is registered last is undone first.
+        settings = self._settings
+        store = await asyncio.to_thread(Store.open, settings.store)
+        lock = await asyncio.to_thread(StoreLock, store.root)
+        undo.callback(lock.release)
+        server, address = self._bind()
+        records = await asyncio.to_thread(TaskRecords, store.root)
+        undo.callback(records.close)
+
+        options = RuntimeOptions(settings.predict_threads, settings.provider)
+        host = ModelHost(
+            store, options, settings.limits, on_serving=lambda: self._set_health(PREDICTOR, True)
+        )
+        undo.callback(host.close)
+        learner = LearnerProcess(
+            self._worker_command(),
+            keep_open=[lock.descriptor],
+            on_health=lambda healthy: self._set_health(LEARNER, healthy),
+        )
+        tasks = TaskQueue(store, records, host, learner, settings.learn, settings.limits)
+        undo.callback(tasks.close)
+        undo.push_async_callback(server.stop, settings.drain_seconds)
+        learner.start()
+        undo.push_async_callback(learner.stop)
+
+        await self._prepare(store, learner)
+        for service in (SERVER, MODEL, LEARNER):
+            self._set_health(service, True)
+        self._set_health(PREDICTOR, False)
+        await host.start()
+        await tasks.start()
+        undo.push_async_callback(tasks.stop)
+        self._register(server, store, host, tasks)
+        await server.start()
+        undo.push_async_callback(self._health.enter_graceful_shutdown)
+        self.address = address
+        log.info("listening on %s", address)
+
+    def _bind(self) -> tuple[grpc.aio.Server, str]:
+        settings = self._settings
+        server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=[
+                # Two servers on one port would share its connections at random.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", settings.limits.message_bytes),
+            ],
+        )
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        try:
+            port = server.add_insecure_port(f"{host}:{settings.port}")
+        except RuntimeError as error:
+            raise UnavailableError(
+                f"cannot listen on {host}:{settings.port}: the port is in use or not allowed, or "
+                "the address is not one of this machine's",
+                field="port",
+            ) from error
+        return server, f"{host}:{port}"
+
+    def _worker_command(self) -> tuple[str, ...]:
+        settings = self._settings
+        return (
+            *settings.worker,
+            *("--store", str(settings.store)),
+            *("--device", settings.device),
+            *("--threads", str(settings.learn_threads)),
+        )
+
+    async def _prepare(self, store: Store, learner: LearnerProcess) -> None:
+        """See to it that the store has its backbone, and that it is the one asked for."""
+        asked = await asyncio.to_thread(
+            BackboneSource.of,
+            self._settings.backbone or backbone_source.DEFAULT,
+            self._settings.architecture,
+        )
+        if store.has_backbone():
+            await asyncio.to_thread(store.backbone)  # is it damaged?
+            if self._settings.backbone is not None:
+                await asyncio.to_thread(backbone_source.check, store.root, asked)
+            return
+        log.info("making a store with the backbone %s in %s", asked.source, store.root)
+        await learner.prepare(asked.source, asked.architecture)
+        await asyncio.to_thread(backbone_source.remember, store.root, asked)
+
+    def _register(
+        self, server: grpc.aio.Server, store: Store, host: ModelHost, tasks: TaskQueue
+    ) -> None:
+        learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(
+            LearnerServicer(tasks, self._settings.learn), server
+        )
+        predictor_service_pb2_grpc.add_PredictorServiceServicer_to_server(
+            PredictorServicer(host, tasks), server
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelServicer(store, host), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (LEARNER, PREDICTOR, MODEL, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+    def _set_health(self, service: str, serving: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        state = states.SERVING if serving else states.NOT_SERVING
+        change = asyncio.create_task(self._health.set(service, state))
+        self._health_changes.add(change)
+        change.add_done_callback(self._health_changes.discard)
+
+
+async def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; the same signal again ends it at once.
+
+    Args:
+        settings: What to serve.
+        on_ready: Called with the address once the server listens.
+
+    Raises:
+        InfloraError: the server cannot start; see ``Server.start``.
+    """
+    main = asyncio.current_task()
+    assert main is not None, "a coroutine runs in a task"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, main.cancel)
+    server = Server(settings)
+    try:
+        await server.start()
+        on_ready(server.address)
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        main.uncancel()
+        log.info("stopping; running calls have %g seconds", settings.drain_seconds)
+    finally:
+        await server.stop()
+    log.info("stopped")

@@ -1,0 +1,255 @@
+"""Loaded versions, and predictions with them. Swapping versions never touches a running call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from inflora_core.config import Limits
+from inflora_core.errors import (
+    DamagedError,
+    InvalidInputError,
+    LimitExceededError,
+    NotFoundError,
+    StateError,
+)
+from inflora_core.images import decode
+from inflora_core.model import Version
+from inflora_core.predictor import Floats, Predictor, RuntimeOptions, processors, top_classes
+from inflora_core.store import ONNX_FILE, Store
+from inflora_service.aio import map_threads, unbroken
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PINNED_VERSIONS = 3
+"""Versions beside the current one that stay loaded when clients ask for them by number."""
+
+DEFAULT_TOP_K = 5
+
+_CLASSIFY_THREADS = 2
+"""Runs at a time. Each uses all of ``intra_op_threads``; the second is there so that a call with
+hundreds of images does not keep all others waiting."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A version that can answer: verified, loaded, and warm."""
+
+    version: Version
+    predictor: Predictor
+    labels: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a version says about a call's images.
+
+    Attributes:
+        version: Number of the version.
+        scores: For each image (label, probability), best first.
+        novelty: For each image, 0 (known) to 1 (new).
+    """
+
+    version: int
+    scores: list[list[tuple[str, float]]]
+    novelty: list[float]
+
+
+class ModelHost:
+    """Holds the current version and a few others, and predicts with them.
+
+    Args:
+        store: Where versions are.
+        options: How onnxruntime runs them.
+        limits: What images are refused.
+        on_serving: Told once a version can answer.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        options: RuntimeOptions,
+        limits: Limits,
+        *,
+        on_serving: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store = store
+        self._options = options
+        self._limits = limits
+        self._on_serving = on_serving
+        self._current: Loaded | None = None
+        self._fault: DamagedError | None = None
+        self._pinned: OrderedDict[int, Loaded] = OrderedDict()
+        self._loading: dict[int, asyncio.Task[Loaded]] = {}
+        self._swap = asyncio.Lock()
+        self._decoders = ThreadPoolExecutor(processors(), "predict-decode")
+        self._classifiers = ThreadPoolExecutor(_CLASSIFY_THREADS, "predict-classify")
+
+    async def start(self) -> None:
+        """Load the current version, if there is one.
+
+        A damaged one does not keep the server from starting: another can be promoted then.
+
+        Raises:
+            UnavailableError: the execution provider that was asked for does not work.
+        """
+        try:
+            number = await asyncio.to_thread(self._store.current)
+            if number is not None:
+                self._current = await self._get(number)
+                self._on_serving()
+        except (DamagedError, NotFoundError) as error:
+            log.critical("the current version cannot be loaded; promote another: %s", error)
+            self._fault = DamagedError(
+                f"the current version is damaged, and another has to be promoted: {error.message}"
+            )
+
+    def close(self) -> None:
+        """Let the threads go once they are idle."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._classifiers.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def current(self) -> Version | None:
+        """The current version, None before the first.
+
+        Raises:
+            DamagedError: there is one, but it cannot be loaded.
+        """
+        if self._fault is not None:
+            raise self._fault
+        return self._current.version if self._current else None
+
+    @property
+    def known_labels(self) -> frozenset[str]:
+        """Classes of the current version.
+
+        Raises:
+            DamagedError: there is one, but it cannot be loaded.
+        """
+        if self._fault is not None:
+            raise self._fault
+        return self._current.labels if self._current else frozenset()
+
+    def is_current(self, number: int) -> bool:
+        """Whether version ``number`` answers calls that name none."""
+        return self._current is not None and self._current.version.number == number
+
+    def provider(self, number: int) -> str:
+        """Return the execution provider that runs version ``number``, "" if it is not loaded."""
+        if self._current is not None and self.is_current(number):
+            return self._current.predictor.provider
+        loaded = self._pinned.get(number)
+        return loaded.predictor.provider if loaded else ""
+
+    async def promote(self, number: int) -> Version:
+        """Make version ``number`` current once it is loaded and warm.
+
+        Raises:
+            NotFoundError: there is no such version.
+            DamagedError: a file of it is damaged. The current version stays.
+        """
+        return await unbroken(self._promote(number))
+
+    async def _promote(self, number: int) -> Version:
+        async with self._swap:
+            loaded = await self._get(number)
+            await asyncio.to_thread(self._store.set_current, number)
+            # Running calls hold the version they began with; it goes when the last of them ends.
+            self._current, self._fault = loaded, None
+            self._pinned.pop(number, None)
+            self._on_serving()
+        log.info("version %d is current", number)
+        return loaded.version
+
+    async def predict(
+        self,
+        images: Sequence[bytes],
+        *,
+        version: int | None = None,
+        task: str | None = None,
+        top_k: int = DEFAULT_TOP_K,
+    ) -> Answer:
+        """Classify encoded images.
+
+        Args:
+            images: At least one.
+            version: Number of the version to answer; None for the current one.
+            task: Only this task's classes compete; None for all.
+            top_k: Classes to return for each image.
+
+        Raises:
+            InvalidInputError: there is no image, or one is not acceptable (its field is named).
+            LimitExceededError: there are too many images.
+            StateError: no version is published, or the version does not know the task.
+            NotFoundError: there is no such version.
+            DamagedError: the version is damaged.
+        """
+        if not images:
+            raise InvalidInputError("send at least one image", field="images")
+        if len(images) > self._limits.predict_images:
+            raise LimitExceededError(
+                f"a call has at most {self._limits.predict_images} images", field="images"
+            )
+        loaded = await self._answering(version)
+        predictor = loaded.predictor
+
+        def prepare(numbered: tuple[int, bytes]) -> Floats:
+            # Down to the model's size in one go: hundreds of decoded photos would fill the memory.
+            index, data = numbered
+            return predictor.preprocess(decode(data, self._limits, field=f"images[{index}]"))
+
+        def classify(pixels: Sequence[Floats]) -> Answer:
+            answers = predictor.classify(np.concatenate(pixels))
+            scores = top_classes(answers, predictor.card, top_k, task)
+            return Answer(loaded.version.number, scores, answers.novelty.tolist())
+
+        pixels = await map_threads(self._decoders, prepare, enumerate(images))
+        (answer,) = await map_threads(self._classifiers, classify, [pixels])
+        return answer
+
+    async def _answering(self, number: int | None) -> Loaded:
+        if number is not None:
+            return await self._get(number)
+        if self._fault is not None:
+            raise self._fault
+        if self._current is None:
+            raise StateError("no version is published yet: teach the model a task first")
+        return self._current
+
+    async def _get(self, number: int) -> Loaded:
+        """Return version ``number``, loaded now if it is not."""
+        if self._current is not None and self.is_current(number):
+            return self._current
+        if number in self._pinned:
+            self._pinned.move_to_end(number)
+            return self._pinned[number]
+        if number not in self._loading:
+            loading = asyncio.create_task(asyncio.to_thread(self._load, number))
+            self._loading[number] = loading
+            loading.add_done_callback(lambda _: self._loading.pop(number))
+        # Others may wait for it, too: a caller that is cancelled does not end it.
+        loaded = await asyncio.shield(self._loading[number])
+        self._keep(loaded)
+        return loaded
+
+    def _keep(self, loaded: Loaded) -> None:
+        if not self.is_current(loaded.version.number):
+            self._pinned[loaded.version.number] = loaded
+        while len(self._pinned) > PINNED_VERSIONS:
+            self._pinned.popitem(last=False)
+
+    def _load(self, number: int) -> Loaded:
+        version = self._store.verify(number)
+        predictor = Predictor.load(self._store.path(number, ONNX_FILE), self._options)
+        predictor.warm_up()
+        return Loaded(version, predictor, frozenset(entry.label for entry in version.classes))

@@ -1,0 +1,446 @@
+"""The queue of tasks: from an accepted upload to a published version, one task at a time.
+
+Two things are durable: the record of a task (``records.py``) and the version that came of it
+(``store.py``). Whatever happens between them, at the next start every acknowledged task is either
+ended, or has a version that is published then, or is queued again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import secrets
+import shutil
+from collections import deque
+from collections.abc import AsyncGenerator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from inflora_core.config import LearnConfig, Limits
+from inflora_core.errors import (
+    CancelledError,
+    ConflictError,
+    InfloraError,
+    LearnerCrashedError,
+    LimitExceededError,
+    StateError,
+    UnavailableError,
+)
+from inflora_core.model import Failure, Progress, Stage, Task, TaskState, now
+from inflora_core.predictor import processors
+from inflora_core.spool import SpoolSummary
+from inflora_core.store import Store
+from inflora_service.aio import unbroken
+from inflora_service.errors import from_exception
+from inflora_service.learner_process import LearnerProcess
+from inflora_service.records import TaskRecords
+from inflora_service.serving import ModelHost
+from inflora_service.uploads import TaskRequest, Upload
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2.0
+"""Between attempts to write a record that the disk does not take."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A task at one moment; ``progress`` while the learner works on it."""
+
+    task: Task
+    progress: Progress | None = None
+
+
+@dataclass
+class _Live:
+    """A task that has not ended, or whose end is being told.
+
+    Attributes:
+        task: Its record, as it is on the disk.
+        progress: The last one that the learner reported.
+        cancelling: Somebody asked for it to be given up.
+        labels: Its classes.
+        changed: Set at the next change, and replaced by another event then.
+    """
+
+    task: Task
+    progress: Progress | None = None
+    cancelling: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    labels: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.labels = frozenset(self.task.labels)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.task, self.progress)
+
+    def change(self, task: Task) -> None:
+        self.task = task
+        self.notify()
+
+    def on_progress(self, progress: Progress) -> None:
+        self.progress = progress
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake whoever waits for a change."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class TaskQueue:
+    """Accepts tasks, has them learned first come first served, and tells how they do.
+
+    Args:
+        store: Where versions are; spools are in its folder ``spool``.
+        records: The tasks.
+        host: Publishes versions.
+        learner: Learns tasks.
+        config: Settings of tasks that ask for none.
+        limits: What is refused.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        records: TaskRecords,
+        host: ModelHost,
+        learner: LearnerProcess,
+        config: LearnConfig,
+        limits: Limits,
+    ) -> None:
+        self._store = store
+        self._records = records
+        self._host = host
+        self._learner = learner
+        self._config = config
+        self._limits = limits
+        self._spools = store.root / "spool"
+        self._live: dict[str, _Live] = {}
+        self._queue: deque[_Live] = deque()
+        self._publishable: list[tuple[_Live, int]] = []
+        self._arrival = asyncio.Event()
+        self._accepting = asyncio.Lock()
+        self._stopping = False
+        self._runner: asyncio.Task[None] | None = None
+        # Half of the processors: checking an upload must not hold up predictions.
+        self._checkers = ThreadPoolExecutor(max(1, processors() // 2), "upload-check")
+
+    async def start(self) -> None:
+        """Take up what the last process left, and begin."""
+        for task in await asyncio.to_thread(self._records.unfinished):
+            number = None
+            if task.state is TaskState.LEARNING:
+                number = await asyncio.to_thread(self._store.version_of_task, task.id)
+            if number is not None:
+                live = _Live(task, Progress(Stage.PUBLISHING, 1.0))
+                self._publishable.append((live, number))
+            else:
+                live = _Live(replace(task, state=TaskState.QUEUED, start_time=None))
+                await asyncio.to_thread(self._records.update, live.task)
+                self._queue.append(live)
+            self._live[task.id] = live
+        await asyncio.to_thread(self._remove_orphans)
+        if self._live:
+            log.info("taking up %d tasks that have not ended", len(self._live))
+            self._arrival.set()
+        self._runner = asyncio.create_task(self._run(), name="task-queue")
+
+    async def stop(self) -> None:
+        """Stop learning; what is not published by now is taken up at the next start.
+
+        Waiting for tasks ends with ``UnavailableError``, so that clients ask again. Uploads can
+        still be finished: their tasks are queued for the next start.
+        """
+        self._stopping = True
+        for live in self._live.values():
+            live.notify()
+        if self._runner is not None:
+            self._runner.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._runner
+
+    def close(self) -> None:
+        """Let the threads go once they are idle; uploads cannot go on."""
+        self._checkers.shutdown(wait=False, cancel_futures=True)
+
+    # -- accepting --------------------------------------------------------------------------
+
+    def upload(self, request: TaskRequest) -> Upload:
+        """Return the upload of a new task, to be entered, filled, and given to ``accept``.
+
+        Raises:
+            LimitExceededError: the queue is full.
+            DamagedError: the current version is damaged, so nothing can be learned.
+        """
+        self._check_room()
+
+        async def check_label(label: str, field: str) -> None:
+            try:
+                self._check_label(label, field)
+            except StateError:
+                # A retry of a request that was accepted finds its own classes taken.
+                if not await asyncio.to_thread(self._records.by_request_id, request.request_id):
+                    raise
+
+        folder = self._spools / f"{now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+        return Upload(request, folder, self._limits, self._checkers, check_label)
+
+    async def accept(self, upload: Upload) -> Task:
+        """Make the finished upload a task, durable and queued.
+
+        Returns:
+            The new task, or the one that was made by the same request before.
+
+        Raises:
+            InvalidInputError: the upload is empty.
+            ConflictError: the request id was used for something else.
+            StateError: a class is known already.
+            LimitExceededError: the queue or the disk is full.
+        """
+        return await unbroken(self._accept(upload))
+
+    async def _accept(self, upload: Upload) -> Task:
+        summary = await asyncio.to_thread(upload.finish)
+        task = _new_task(upload, summary)
+        accepted = None
+        try:
+            async with self._accepting:
+                accepted = await self._admit(task, upload.first_fields)
+        finally:
+            if accepted is not task:
+                await asyncio.to_thread(self._remove_spool, task.id)
+        return accepted
+
+    async def _admit(self, task: Task, first_fields: dict[str, str]) -> Task:
+        earlier = await asyncio.to_thread(self._records.by_request_id, task.request_id)
+        if earlier is not None:
+            if earlier.content_sha256 != task.content_sha256:
+                raise ConflictError(
+                    f"request_id was used for task {earlier.id} with another spec or other "
+                    "examples: use a new one",
+                    field="spec.request_id",
+                )
+            return earlier
+        self._check_room()
+        for label, where in first_fields.items():
+            self._check_label(label, where)
+        await asyncio.to_thread(self._records.insert, task)
+        live = _Live(task)
+        self._live[task.id] = live
+        self._queue.append(live)
+        self._arrival.set()
+        log.info(
+            "task %s accepted: %d classes, %d images",
+            task.id,
+            len(task.labels),
+            sum(task.example_counts),
+        )
+        return task
+
+    def _check_room(self) -> None:
+        if len(self._queue) >= self._limits.queued_tasks:
+            raise LimitExceededError(
+                f"{len(self._queue)} tasks are queued already: retry when one has ended"
+            )
+
+    def _check_label(self, label: str, field: str, *, but: _Live | None = None) -> None:
+        """Refuse a class that is known, or is going to be by a task other than ``but``."""
+        if label in self._host.known_labels:
+            raise StateError(f"class {label!a} is known already", field=field)
+        for live in self._live.values():
+            if label in live.labels and live is not but:
+                raise StateError(f"class {label!a} is in task {live.task.id} already", field=field)
+
+    # -- looking ----------------------------------------------------------------------------
+
+    async def get(self, task: str) -> Snapshot:
+        """Return a task as it is now.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        live = self._live.get(task)
+        return live.snapshot if live else Snapshot(await self._record(task))
+
+    async def page(self, before: int | None, size: int) -> list[tuple[int, Snapshot]]:
+        """Return up to ``size`` tasks, newest first; see ``TaskRecords.page``."""
+        rows = await asyncio.to_thread(self._records.page, before, size)
+        return [
+            (number, self._live[task.id].snapshot if task.id in self._live else Snapshot(task))
+            for number, task in rows
+        ]
+
+    async def watch(self, task: str) -> AsyncGenerator[Snapshot]:
+        """Yield the task as it is, then at changes, until it has ended.
+
+        Whoever is slow to take the next one gets the newest then, and none of those between.
+
+        Raises:
+            NotFoundError: there is no such task.
+            UnavailableError: the server is stopping.
+        """
+        live = self._live.get(task)
+        if live is None:
+            yield Snapshot(await self._record(task))
+            return
+        while True:
+            changed = live.changed
+            yield live.snapshot
+            if live.task.state.ended:
+                return
+            await self._wait(changed)
+
+    async def cancel(self, task: str) -> Snapshot:
+        """Give a task up; return it once it is cancelled, or has ended otherwise meanwhile.
+
+        Raises:
+            NotFoundError: there is no such task.
+            StateError: it has ended otherwise before, or is being published.
+            UnavailableError: the server is stopping; whether the task is cancelled is not said.
+        """
+        live = self._live.get(task)
+        if live is None:
+            ended = await self._record(task)
+            if ended.state is not TaskState.CANCELLED:
+                raise StateError(f"task {task} is {ended.state} already", field="name")
+            return Snapshot(ended)
+        if live.progress is not None and live.progress.stage is Stage.PUBLISHING:
+            raise StateError(f"task {task} is being published", field="name")
+        live.cancelling = True
+        if live in self._queue:
+            self._queue.remove(live)
+            await unbroken(self._end(live, TaskState.CANCELLED))
+        else:
+            self._learner.cancel(task)
+        while not live.task.state.ended:
+            await self._wait(live.changed)
+        return live.snapshot
+
+    async def _wait(self, changed: asyncio.Event) -> None:
+        if not self._stopping:
+            await changed.wait()
+        if self._stopping:
+            raise UnavailableError("the server is stopping; ask again when it is back")
+
+    async def _record(self, task: str) -> Task:
+        return await asyncio.to_thread(self._records.get, task)
+
+    # -- learning ---------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        for live, number in self._publishable:
+            await self._guarded(live, self._publish(live, number))
+        while True:
+            live = await self._head()
+            await self._guarded(live, self._learn(live))
+
+    async def _head(self) -> _Live:
+        """Return the next task, off the queue, once there is a worker that can begin with it."""
+        while True:
+            await self._learner.wait_ready()
+            if self._queue:
+                return self._queue.popleft()
+            self._arrival.clear()
+            await self._arrival.wait()
+
+    async def _guarded(self, live: _Live, work: Coroutine[None, None, None]) -> None:
+        """End the task with the error of ``work``, if it has one: the queue must go on."""
+        try:
+            await work
+        except CancelledError:
+            await self._end(live, TaskState.CANCELLED)
+        except Exception as error:
+            known = from_exception(error)
+            log.warning("task %s failed: %s", live.task.id, known.message)
+            failure = Failure(known.reason, known.message, known.field)
+            await self._end(live, TaskState.FAILED, failure=failure)
+
+    async def _learn(self, live: _Live) -> None:
+        task = replace(live.task, state=TaskState.LEARNING, start_time=now())
+        await self._write(task)
+        live.change(task)
+        # Promoting another version may have brought classes that were unknown on arrival.
+        for label in task.labels:
+            self._check_label(label, "", but=live)
+        if live.cancelling:
+            raise CancelledError("cancelled before the learner began")
+        current = self._host.current
+        try:
+            number = await self._learner.learn(
+                task.id,
+                self._spools / task.id,
+                self._config.updated(**task.settings),
+                current.number if current else None,
+                live.on_progress,
+            )
+        except LearnerCrashedError:
+            # The last thing a worker does is to make the version durable.
+            found = await asyncio.to_thread(self._store.version_of_task, task.id)
+            if found is None and live.cancelling:
+                raise CancelledError("cancelled on request") from None
+            if found is None:
+                raise
+            number = found
+        await self._publish(live, number)
+
+    async def _publish(self, live: _Live, number: int) -> None:
+        fraction = live.progress.fraction if live.progress else 1.0
+        live.on_progress(Progress(Stage.PUBLISHING, fraction))
+        version = await self._host.promote(number)
+        await self._end(live, TaskState.PUBLISHED, version=number, report=version.report)
+
+    async def _end(self, live: _Live, state: TaskState, **changes: Any) -> None:
+        ended = replace(live.task, state=state, end_time=now(), **changes)
+        await self._write(ended)
+        await asyncio.to_thread(self._remove_spool, ended.id)
+        # Whoever hears of the end may send the same classes again at once.
+        del self._live[ended.id]
+        live.change(ended)
+        log.info("task %s is %s", ended.id, state)
+
+    async def _write(self, task: Task) -> None:
+        """Write the record, as often as it takes: nothing may be told that is not durable."""
+        while True:
+            try:
+                return await asyncio.to_thread(self._records.update, task)
+            except InfloraError as error:
+                log.warning("cannot write the record of task %s, trying on: %s", task.id, error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    def _remove_spool(self, task: str) -> None:
+        try:
+            shutil.rmtree(self._spools / task)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("the spool of task %s stays until the next start: %s", task, error)
+
+    def _remove_orphans(self) -> None:
+        """Remove spools of uploads that broke off with the last process, and of ended tasks."""
+        self._spools.mkdir(exist_ok=True)
+        for folder in self._spools.iterdir():
+            if folder.name not in self._live:
+                self._remove_spool(folder.name)
+
+
+def _new_task(upload: Upload, summary: SpoolSummary) -> Task:
+    request = upload.request
+    content = [request.display_name, request.settings, summary.sha256]
+    return Task(
+        id=upload.id,
+        display_name=request.display_name,
+        request_id=request.request_id,
+        content_sha256=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        labels=summary.labels,
+        example_counts=summary.counts,
+        example_bytes=summary.size,
+        settings=request.settings,
+        create_time=now(),
+    )

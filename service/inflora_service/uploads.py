@@ -1,0 +1,162 @@
+"""One task on its way in: every example is checked as it arrives, and spooled to the disk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from inflora_core.config import Limits
+from inflora_core.errors import InvalidInputError, LimitExceededError
+from inflora_core.images import decode
+from inflora_core.labels import check_label
+from inflora_core.spool import SpoolSummary, SpoolWriter
+from inflora_service.aio import map_threads, unbroken
+
+_SLICE = 16
+"""Examples a thread checks at a time: a message can hold a hundred thousand tiny ones."""
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """What a client asks for in a spec, checked.
+
+    Attributes:
+        display_name: Free text.
+        request_id: "" or the client's own id of the request.
+        settings: Fields of ``LearnConfig`` that the spec sets.
+    """
+
+    display_name: str
+    request_id: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled image as it arrived."""
+
+    image: bytes
+    label: str
+
+
+class Upload:
+    """Collects a task's examples; leave it unfinished and nothing of them is left.
+
+    Args:
+        request: What the spec asked for.
+        folder: Where the spool is made.
+        limits: What is refused.
+        pool: Threads that decode images to check them.
+        check_label: Called with label and field of each class's first example; may refuse it.
+
+    Attributes:
+        first_fields: Of each class the field of its first example, in the order of arrival.
+    """
+
+    def __init__(
+        self,
+        request: TaskRequest,
+        folder: Path,
+        limits: Limits,
+        pool: Executor,
+        check_label: Callable[[str, str], Awaitable[None]],
+    ) -> None:
+        self.request = request
+        self.first_fields: dict[str, str] = {}
+        self._folder = folder
+        self._limits = limits
+        self._pool = pool
+        self._check_label = check_label
+        self._spool: SpoolWriter | None = None
+        self._count = 0
+        self._size = 0
+
+    @property
+    def id(self) -> str:
+        """Id of the task to be: its spool's name."""
+        return self._folder.name
+
+    async def __aenter__(self) -> Upload:
+        """Return self. The spool is made with the first examples."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the spool unless it is finished."""
+        if self._spool is not None:
+            await unbroken(asyncio.to_thread(self._spool.__exit__, kind, error, trace))
+
+    async def add(self, examples: Sequence[Example]) -> None:
+        """Check a batch and spool it.
+
+        Raises:
+            InvalidInputError: a label or an image is not acceptable; its field is named.
+            LimitExceededError: the task is over a limit.
+            StateError: a class is known already.
+        """
+        if not examples:
+            raise InvalidInputError("a batch holds at least one example", field="examples")
+        start = self._count
+        self._count += len(examples)
+        self._size += sum(len(example.image) for example in examples)
+        self._check_size()
+        slices = [
+            (start + at, examples[at : at + _SLICE]) for at in range(0, len(examples), _SLICE)
+        ]
+        await map_threads(self._pool, self._check_examples, slices)
+        for index, example in enumerate(examples, start):
+            if example.label not in self.first_fields:
+                await self._admit(example.label, f"examples[{index}].label")
+        await unbroken(asyncio.to_thread(self._write, examples))
+
+    def finish(self) -> SpoolSummary:
+        """Flush the examples to the disk, from where nothing but their new owner removes them.
+
+        Blocks.
+
+        Raises:
+            InvalidInputError: there are none.
+        """
+        if self._spool is None:
+            raise InvalidInputError("the task is empty: send examples", field="examples")
+        return self._spool.finish()
+
+    def _check_size(self) -> None:
+        if self._count > self._limits.task_images:
+            raise LimitExceededError(
+                f"a task has at most {self._limits.task_images} images", field="examples"
+            )
+        if self._size > self._limits.task_bytes:
+            raise LimitExceededError(
+                f"a task's images have at most {self._limits.task_bytes} bytes in all",
+                field="examples",
+            )
+
+    def _check_examples(self, numbered: tuple[int, Sequence[Example]]) -> None:
+        start, examples = numbered
+        for index, example in enumerate(examples, start):
+            check_label(example.label, field=f"examples[{index}].label")
+            decode(example.image, self._limits, field=f"examples[{index}].image")
+
+    async def _admit(self, label: str, field: str) -> None:
+        if len(self.first_fields) == self._limits.task_classes:
+            raise LimitExceededError(
+                f"a task has at most {self._limits.task_classes} classes", field=field
+            )
+        await self._check_label(label, field)
+        self.first_fields[label] = field
+
+    def _write(self, examples: Sequence[Example]) -> None:
+        # Made here, where it cannot be lost to a cancellation between making and keeping it.
+        self._spool = self._spool or SpoolWriter(self._folder)
+        for example in examples:
+            self._spool.add(example.image, example.label)

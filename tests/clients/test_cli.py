@@ -1,0 +1,294 @@
+"""The ``inflora`` command against a peer server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from inflora.v1 import task_pb2
+from inflora_client.cli import app
+from tests.clients.peer import Peer, status
+
+Run = Callable[..., Result]
+PUBLISHED = task_pb2.Task(
+    name="models/default/tasks/t1",
+    state="TASK_STATE_PUBLISHED",
+    version="models/default/versions/1",
+    classes=[task_pb2.TaskClass(label="[cat]", example_count=2)],
+    example_count=2,
+    fraction_done=1.0,
+    report=task_pb2.TaskReport(
+        held_out_accuracy=0.5,
+        capacity=0.75,
+        parity=task_pb2.ParityReport(max_abs_diff=1e-5),
+        warnings=["little is free"],
+    ),
+)
+TRAINING = task_pb2.Task(
+    name="models/default/tasks/t1",
+    state="TASK_STATE_LEARNING",
+    stage="TASK_STAGE_TRAINING",
+    epoch=1,
+    epochs=5,
+    loss=0.5,
+    fraction_done=0.5,
+)
+
+
+@pytest.fixture
+def run(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("INFLORA_SERVER", peer.address)
+    monkeypatch.setenv("COLUMNS", "200")
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    folder = tmp_path / "pets"
+    for label, files in {
+        "cat": ["1.png", "2.JPG"],
+        "dog": ["1.webp", ".DS_Store", "notes.txt"],
+        unicodedata.normalize("NFD", "Käfer, rot"): ["1.bmp"],
+        ".hidden": ["1.png"],
+    }.items():
+        (folder / label).mkdir(parents=True)
+        for file in files:
+            (folder / label / file).write_bytes(f"{label}/{file}".encode())
+    return folder
+
+
+def lines(result: Result) -> list[Any]:
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def error_line(result: Result, code: int) -> str:
+    """The one line that an error prints."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+class TestLearn:
+    def test_uploads_a_folder_and_follows(self, run: Run, peer: Peer, pets: Path) -> None:
+        peer.watches.append([TRAINING, PUBLISHED])
+        result = run("learn", pets, "--name", "pets", "--epochs", 5, "--held-out-share", 0.25)
+        assert result.exit_code == 0, result.output
+        for text in ("[cat]", "50.0%", "75.0%", "1.0e-05", "little is free"):
+            assert text in result.stdout
+        assert "left out: 1 files" in result.stderr
+        spec, batch = peer.calls["LearnTask"][0]
+        assert (spec.spec.display_name, spec.spec.epochs) == ("pets", 5)
+        assert spec.spec.held_out_share == 0.25
+        assert not spec.spec.HasField("rank")
+        sent = [(e.label, e.image) for e in batch.examples.examples]
+        assert [label for label, _ in sent] == ["Käfer, rot", "cat", "cat", "dog"]
+        assert sent[1][1] == b"cat/1.png"
+
+    def test_prints_json_lines(self, run: Run, peer: Peer, pets: Path) -> None:
+        peer.watches.append([TRAINING, PUBLISHED])
+        first, last = lines(run("--json", "learn", pets))
+        assert (first["state"], first["stage"], first["loss"]) == ("LEARNING", "TRAINING", 0.5)
+        assert last["version"] == "models/default/versions/1"
+        assert last["report"]["held_out_accuracy"] == 0.5
+
+    @pytest.mark.parametrize(
+        ("options", "labels"),
+        [
+            (["--classes", "dog,cat"], ["dog", "cat", "cat"]),
+            (["--classes", "dog", "--classes", "Käfer, rot"], ["dog", "Käfer, rot"]),
+        ],
+    )
+    def test_takes_some_classes(
+        self, run: Run, peer: Peer, pets: Path, options: list[str], labels: list[str]
+    ) -> None:
+        (task,) = lines(run("learn", pets, "--detach", "--json", *options))
+        assert task["state"] == "QUEUED"
+        _, batch = peer.calls["LearnTask"][0]
+        assert [e.label for e in batch.examples.examples] == labels
+
+    def test_detaches(self, run: Run, pets: Path) -> None:
+        result = run("learn", pets, "--detach")
+        assert "inflora watch t1" in result.stdout
+        assert "inflora cancel t1" in result.stdout
+
+    def test_says_which_file_is_at_fault(self, run: Run, peer: Peer, pets: Path) -> None:
+        peer.failures["LearnTask"].append(
+            status("INVALID_ARGUMENT", "no image", fields={"examples[2].image": "is empty"})
+        )
+        result = run("learn", pets, "--classes", "cat,dog", "--detach")
+        assert result.exit_code == 1
+        assert str(pets / "dog" / "1.webp") in result.stderr
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (["a/notes.txt"], "holds no .bmp"),
+            (["loose.png"], "has no sub-folders"),
+        ],
+    )
+    def test_refuses_a_folder_that_is_no_task(
+        self, run: Run, tmp_path: Path, make: list[str], message: str
+    ) -> None:
+        for name in make:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        assert message in error_line(run("learn", tmp_path), 2)
+
+    def test_refuses_an_unknown_class(self, run: Run, pets: Path) -> None:
+        line = error_line(run("learn", pets, "--classes", "cow"), 2)
+        assert line.startswith("inflora: no sub-folder for cow; there are")
+
+    def test_reports_a_failed_task(self, run: Run, peer: Peer, pets: Path) -> None:
+        failed = task_pb2.Task(name="models/default/tasks/t1", state="TASK_STATE_FAILED")
+        failed.error.CopyFrom(status("INTERNAL", "the learner died"))
+        peer.watches.append([failed])
+        (pets / "dog" / "notes.txt").unlink()
+        line = error_line(run("learn", pets), 1)
+        assert line == "inflora: task t1 ended as FAILED: the learner died"
+
+
+class TestTasks:
+    def test_lists(self, run: Run, peer: Peer) -> None:
+        peer.tasks["models/default/tasks/t1"] = TRAINING
+        assert "training  epoch 1/5  loss 0.5000" in run("tasks").stdout
+        assert [t["name"] for t in lines(run("tasks", "--json"))] == ["models/default/tasks/t1"]
+
+    def test_watches(self, run: Run, peer: Peer) -> None:
+        peer.watches += [[TRAINING, PUBLISHED]] * 2
+        assert "75.0%" in run("watch", "t1").stdout
+        assert len(lines(run("watch", "t1", "--json"))) == 2
+
+    def test_cancels(self, run: Run, peer: Peer) -> None:
+        peer.add_task("t1", state="TASK_STATE_QUEUED")
+        assert "cancelled" in run("cancel", "t1").stdout
+        (task,) = lines(run("cancel", "t1", "--json"))
+        assert task["state"] == "CANCELLED"
+
+
+class TestPredict:
+    def test_shows_a_row_a_file(self, run: Run, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        for name in ("a", "b"):
+            (tmp_path / name).write_bytes(b"[label] " + name.encode())
+        header, first, second = run("predict", tmp_path / "a", tmp_path / "b").stdout.splitlines()
+        assert header.split() == ["file", "label", "probability", "version"]
+        assert first.split() == [str(tmp_path / "a"), "[label]", "a", "0.7500", "1"]
+        assert second.split()[2] == "b"
+
+    def test_prints_json_lines(self, run: Run, peer: Peer, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"cat")
+        options = ["--top-k", 2, "--version", 7, "--task", "t1", "--json"]
+        (answer,) = lines(run("predict", tmp_path / "a", *options))
+        assert answer == {
+            "file": str(tmp_path / "a"),
+            "version": "models/default/versions/7",
+            "scores": [
+                {"label": "cat", "probability": 0.75},
+                {"label": "other", "probability": 0.25},
+            ],
+            "novelty": 0.25,
+        }
+        assert peer.calls["Predict"][0].task == "models/default/tasks/t1"
+
+    def test_names_the_file_that_is_refused(self, run: Run, peer: Peer, tmp_path: Path) -> None:
+        (tmp_path / "a").touch()
+        peer.failures["Predict"].append(
+            status("INVALID_ARGUMENT", "no image", fields={"images[0]": "is empty"})
+        )
+        line = error_line(run("predict", tmp_path / "a"), 1)
+        assert line == f"inflora: {tmp_path / 'a'}: no image (images[0]: is empty)"
+
+
+class TestVersions:
+    def test_lists_and_promotes(self, run: Run, peer: Peer) -> None:
+        peer.add_version()
+        peer.add_version()
+        assert [v["current"] for v in lines(run("versions", "--json"))] == [True, False]
+        assert run("promote", 1).stdout.splitlines()[1].split()[:2] == ["1", "yes"]
+        assert [v["current"] for v in lines(run("--json", "versions"))] == [False, True]
+
+    def test_exports(self, run: Run, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        peer.add_version()
+        result = run("export", "--version", 1, "--output", tmp_path)
+        assert "version 1, 1024 bytes" in result.stdout
+        (file,) = lines(run("export", "--output", tmp_path / "m.onnx", "--json"))
+        assert file["path"] == str(tmp_path / "m.onnx")
+        assert file["version"] == "models/default/versions/2"
+        assert (tmp_path / "m.onnx").read_bytes() == peer.content
+
+
+class TestErrors:
+    def test_what_the_server_refuses(self, run: Run) -> None:
+        line = error_line(run("promote", 9), 1)
+        assert "versions/9" in line
+        assert "'inflora versions'" in line
+
+    def test_a_file_that_cannot_be_written(self, run: Run, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        assert "gone" in error_line(run("export", "--output", tmp_path / "gone" / "m"), 2)
+
+    def test_wrong_usage(self, run: Run) -> None:
+        assert run("learn").exit_code == 2
+        assert run("learn", "no-such-folder").exit_code == 2
+
+    def test_nobody_listens(self, run: Run, peer: Peer) -> None:
+        peer.stop()
+        line = error_line(run("tasks"), 3)
+        assert peer.address in line
+        assert "'inflora serve'" in line
+
+    def test_the_option_wins_over_the_environment(
+        self, run: Run, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("INFLORA_SERVER", "localhost:1")
+        assert run("--server", peer.address, "tasks").exit_code == 0
+        assert run("tasks", "--server", peer.address).exit_code == 0
+
+    def test_the_help_explains_exit_codes(self, run: Run) -> None:
+        assert "3 the server cannot be reached" in run("--help").stdout
+
+
+class TestServe:
+    def test_becomes_the_server(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Any] = []
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+        monkeypatch.setattr("os.execv", lambda *command: seen.append(command))
+        run("serve", "--store", "here", "--help", "-v")
+        words = [sys.executable, "-m", "inflora_service", "--store", "here", "--help", "-v"]
+        assert seen == [(sys.executable, words)]
+
+    def test_says_that_it_is_not_installed(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert "not installed" in error_line(run("serve"), 2)
+
+
+def test_ctrl_c_leaves_the_task_alone(peer: Peer) -> None:
+    peer.tasks["models/default/tasks/t1"] = TRAINING
+    process = subprocess.Popen(
+        [sys.executable, "-m", "inflora_client", "--server", peer.address, "watch", "t1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert peer.attached.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "inflora watch t1" in stderr
+    assert "inflora cancel t1" in stderr
+    assert "Traceback" not in stderr
+    assert not peer.calls["CancelTask"]

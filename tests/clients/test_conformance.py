@@ -1,0 +1,409 @@
+"""What both clients do, against a peer server that breaks on purpose."""
+
+from __future__ import annotations
+
+import unicodedata
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from inflora.v1 import task_pb2
+from inflora_client import (
+    AlreadyExistsError,
+    CallCancelledError,
+    Client,
+    ConnectionFailedError,
+    CorruptDownloadError,
+    DataLossError,
+    DeadlineExceededError,
+    Example,
+    FailedPreconditionError,
+    FieldViolation,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    OutOfRangeError,
+    ResourceExhaustedError,
+    StatusError,
+    TaskFailedError,
+    TaskStage,
+    TaskState,
+    UnavailableError,
+)
+from tests.clients.peer import Peer, status
+
+NAME = "models/default/tasks/t1"
+
+
+def task(state: str, **fields: object) -> task_pb2.Task:
+    return task_pb2.Task(name=NAME, state=f"TASK_STATE_{state}", **fields)
+
+
+class TestLearn:
+    def test_uploads_spec_and_examples(self, client: Client, peer: Peer, tmp_path: Path) -> None:
+        file = tmp_path / "a.png"
+        file.write_bytes(b"from a file")
+        learned = client.learn(
+            [Example(b"one", "cat"), (str(file), "dog"), (file, "dog")],
+            display_name="pets",
+            epochs=3,
+            seed=0,
+        )
+        assert (learned.name, learned.id, learned.state) == (NAME, "t1", TaskState.QUEUED)
+        assert [(c.label, c.example_count) for c in learned.classes] == [("cat", 1), ("dog", 2)]
+        spec, batch = peer.calls["LearnTask"][0]
+        assert (spec.spec.display_name, spec.spec.epochs, spec.spec.seed) == ("pets", 3, 0)
+        assert spec.spec.HasField("seed")
+        assert not spec.spec.HasField("rank")
+        assert uuid.UUID(spec.spec.request_id).version == 4
+        assert [e.image for e in batch.examples.examples] == [b"one"] + [b"from a file"] * 2
+
+    def test_sends_labels_in_nfc(self, client: Client, peer: Peer) -> None:
+        decomposed = unicodedata.normalize("NFD", "Käfer")
+        learned = client.learn([(b"1", decomposed), (b"2", "Käfer")])
+        assert [c.label for c in learned.classes] == ["Käfer"]
+
+    def test_sends_messages_of_half_a_mebibyte(self, client: Client, peer: Peer) -> None:
+        client.learn([(bytes(100_000), "a")] * 20 + [(bytes(3_000_000), "b")])
+        _, *batches = peer.calls["LearnTask"][0]
+        assert [len(b.examples.examples) for b in batches] == [5, 5, 5, 5, 1]
+
+    def test_uploads_a_sequence_again_under_the_same_request_id(
+        self, client: Client, peer: Peer
+    ) -> None:
+        peer.failures["LearnTask"] += [status("UNAVAILABLE")] * 2
+        learned = client.learn([(b"1", "a")])
+        uploads = peer.calls["LearnTask"]
+        assert len(uploads) == 3
+        assert {u[0].spec.request_id for u in uploads} == {learned.request_id}
+        assert learned.example_count == 1
+
+    def test_gives_up_in_the_end(self, client: Client, peer: Peer) -> None:
+        peer.failures["LearnTask"] += [status("UNAVAILABLE")] * 9
+        with pytest.raises(UnavailableError):
+            client.learn([(b"1", "a")])
+        assert len(peer.calls["LearnTask"]) == 3
+
+    def test_does_not_repeat_an_iterator(self, client: Client, peer: Peer) -> None:
+        peer.failures["LearnTask"].append(status("UNAVAILABLE"))
+        with pytest.raises(UnavailableError):
+            client.learn(iter([(b"1", "a")]))
+        assert len(peer.calls["LearnTask"]) == 1
+
+    def test_keeps_nothing_after_an_error_on_this_side(
+        self, client: Client, peer: Peer, tmp_path: Path
+    ) -> None:
+        with pytest.raises(FileNotFoundError):
+            client.learn([(bytes(600_000), "a"), (b"", "a"), (tmp_path / "gone.png", "a")])
+        assert peer.upload_ended.wait(10)
+        assert not peer.tasks
+
+    def test_reports_a_refusal_that_comes_before_the_end(self, client: Client, peer: Peer) -> None:
+        peer.failures["LearnTask"].append(status("RESOURCE_EXHAUSTED", "too large"))
+        with pytest.raises(ResourceExhaustedError, match="too large"):
+            client.learn([(bytes(500_000), "a")] * 40)
+
+
+class TestTasks:
+    def test_watch_goes_on_after_a_break(self, client: Client, peer: Peer) -> None:
+        learning = task("LEARNING", stage="TASK_STAGE_TRAINING", epoch=1, epochs=2, loss=0.5)
+        peer.watches += [
+            [task("QUEUED"), learning, status("UNAVAILABLE")],
+            [status("UNAVAILABLE")],
+            [learning],
+            [learning, task("PUBLISHED", version="models/default/versions/1")],
+        ]
+        seen = list(client.watch("t1"))
+        assert [t.state for t in seen] == ["QUEUED", "LEARNING", "PUBLISHED"]
+        assert (seen[1].stage, seen[1].epoch, seen[1].loss) == (TaskStage.TRAINING, 1, 0.5)
+        assert {call.name for call in peer.calls["WatchTask"]} == {NAME}
+        assert len(peer.calls["WatchTask"]) == 4
+
+    def test_watch_gives_up_in_the_end(self, client: Client, peer: Peer) -> None:
+        peer.failures["WatchTask"] += [status("UNAVAILABLE")] * 9
+        with pytest.raises(UnavailableError):
+            list(client.watch(NAME))
+        assert len(peer.calls["WatchTask"]) == 3
+
+    def test_watch_does_not_retry_what_a_retry_does_not_help(
+        self, client: Client, peer: Peer
+    ) -> None:
+        peer.failures["WatchTask"].append(status("NOT_FOUND"))
+        with pytest.raises(NotFoundError):
+            list(client.watch("t1"))
+        assert len(peer.calls["WatchTask"]) == 1
+
+    def test_watch_can_be_left(self, client: Client, peer: Peer) -> None:
+        peer.add_task("t1", state="TASK_STATE_LEARNING")
+        watch = client.watch("t1")
+        assert next(watch).state == TaskState.LEARNING
+        watch.close()
+
+    def test_wait_returns_the_report(self, client: Client, peer: Peer) -> None:
+        report = task_pb2.TaskReport(
+            leak=1e-6,
+            layers=[task_pb2.LayerReport(layer="blocks.0.attn", dimension=192, rank=10)],
+            held_out_accuracy=0.5,
+            parity=task_pb2.ParityReport(images=4, max_abs_diff=1e-5),
+            stage_seconds=[task_pb2.StageSeconds(stage="TASK_STAGE_MERGING", seconds=0.25)],
+            settings=task_pb2.LearningSettings(epochs=2, preset="default"),
+            epoch_losses=[1.0, 0.5],
+            warnings=["little is free"],
+        )
+        peer.watches.append([task("PUBLISHED", report=report)])
+        published = client.wait(client.learn([(b"1", "a")]))
+        assert published.report is not None
+        assert published.report.layers[0].dimension == 192
+        assert published.report.held_out_accuracy == 0.5
+        assert published.report.held_out_accuracy_task_known is None
+        assert published.report.parity is not None
+        assert published.report.parity.images == 4
+        assert published.report.stage_seconds[0].stage == TaskStage.MERGING
+        assert published.report.settings.preset == "default"
+        assert published.report.epoch_losses == (1.0, 0.5)
+        assert published.report.warnings == ("little is free",)
+
+    def test_wait_raises_for_a_failed_task(self, client: Client, peer: Peer) -> None:
+        why = status("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY")
+        peer.watches.append([task("FAILED", error=why)])
+        with pytest.raises(TaskFailedError, match="t1 ended as FAILED: out of memory") as caught:
+            client.wait("t1")
+        assert caught.value.task.error is not None
+        assert caught.value.task.error.code == "RESOURCE_EXHAUSTED"
+        assert caught.value.task.error.reason == "OUT_OF_MEMORY"
+
+    def test_wait_raises_for_a_cancelled_task(self, client: Client, peer: Peer) -> None:
+        peer.watches.append([task("CANCELLED")])
+        with pytest.raises(TaskFailedError, match="CANCELLED"):
+            client.wait("t1")
+
+    def test_lists_all_pages(self, client: Client, peer: Peer) -> None:
+        for number in range(5):
+            peer.add_task(f"t{number}")
+        assert [t.id for t in client.tasks()] == ["t4", "t3", "t2", "t1", "t0"]
+        assert [call.page_token for call in peer.calls["ListTasks"]] == ["", "2", "4"]
+        assert {call.parent for call in peer.calls["ListTasks"]} == {"models/default"}
+
+    def test_lists_nothing(self, client: Client) -> None:
+        assert list(client.tasks()) == []
+
+    def test_gets_and_cancels(self, client: Client, peer: Peer) -> None:
+        peer.add_task("t1", state="TASK_STATE_QUEUED").create_time.FromSeconds(0)
+        found = client.task("t1")
+        assert found.create_time == datetime(1970, 1, 1, tzinfo=UTC)
+        assert found.start_time is None
+        cancelled = client.cancel(found)
+        assert cancelled.state == TaskState.CANCELLED
+        assert cancelled.ended
+
+    def test_does_not_stumble_over_a_newer_servers_states(self, client: Client, peer: Peer) -> None:
+        peer.add_task("t1", state=77, stage=88)
+        found = client.task("t1")
+        assert (found.state, found.stage) == (TaskState.UNSPECIFIED, TaskStage.UNSPECIFIED)
+
+    def test_refuses_an_empty_name(self, client: Client) -> None:
+        with pytest.raises(ValueError, match="empty name"):
+            client.task("")
+
+
+class TestPredict:
+    def test_classifies_bytes_and_files(self, client: Client, peer: Peer, tmp_path: Path) -> None:
+        file = tmp_path / "a.png"
+        file.write_bytes(b"dog")
+        result = client.predict([b"cat", file], top_k=1, version=3, task="t1")
+        assert result.version == "models/default/versions/3"
+        assert [(p.label, p.probability, p.novelty) for p in result.predictions] == [
+            ("cat", 0.75, 0.25),
+            ("dog", 0.75, 0.25),
+        ]
+        (request,) = peer.calls["Predict"]
+        assert (request.model, request.task, request.top_k) == ("models/default", NAME, 1)
+
+    def test_asks_for_the_current_version_by_default(self, client: Client, peer: Peer) -> None:
+        peer.add_version()
+        assert client.predict([b"cat"]).version == "models/default/versions/1"
+        assert peer.calls["Predict"][0].version == ""
+        assert peer.calls["Predict"][0].task == ""
+
+    def test_is_retried_however_large_the_images(self, client: Client, peer: Peer) -> None:
+        peer.failures["Predict"] += [status("UNAVAILABLE")] * 2
+        assert len(client.predict([b"x" * 3_000_000]).predictions) == 1
+        assert len(peer.calls["Predict"]) == 3
+
+    def test_streams(self, client: Client, peer: Peer) -> None:
+        results = list(client.predict_stream([[b"a"], [b"b", b"c"]], top_k=1, version="2"))
+        assert [[p.label for p in r.predictions] for r in results] == [["a"], ["b", "c"]]
+        assert {r.version for r in results} == {"models/default/versions/2"}
+
+    def test_stream_ends_with_the_servers_error(self, client: Client, peer: Peer) -> None:
+        peer.failures["PredictStream"].append(status("INVALID_ARGUMENT"))
+        with pytest.raises(InvalidArgumentError):
+            list(client.predict_stream([[b"a"]]))
+
+    def test_stream_raises_an_error_of_the_requests(self, client: Client) -> None:
+        def requests() -> Iterator[list[bytes]]:
+            yield [b"a"]
+            raise KeyError("camera")
+
+        results = client.predict_stream(requests())
+        assert next(results).predictions[0].label == "a"
+        with pytest.raises(KeyError, match="camera"):
+            next(results)
+
+
+class TestVersions:
+    def test_lists_gets_and_promotes(self, client: Client, peer: Peer) -> None:
+        for _ in range(3):
+            peer.add_version()
+        assert [v.number for v in client.versions()] == [3, 2, 1]
+        assert client.version().number == 3
+        promoted = client.promote(1)
+        assert promoted.current
+        assert promoted.parent == ""
+        assert promoted.classes[0].label == "cat"
+        assert promoted.create_time == datetime.fromtimestamp(1_800_000_001, UTC)
+        assert client.version("current").number == 1
+        assert client.version(promoted) == promoted
+        assert client.version("models/default/versions/2").number == 2
+
+    def test_unknown_version(self, client: Client) -> None:
+        with pytest.raises(NotFoundError, match="versions/7"):
+            client.promote("7")
+
+
+class TestDownload:
+    def test_writes_a_verified_file(self, client: Client, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        got = client.download(to=tmp_path)
+        assert got.path == tmp_path / "model.onnx"
+        assert got.path.read_bytes() == peer.content
+        assert got.version == "models/default/versions/1"
+        assert got.artifact.size == len(peer.content)
+        assert list(tmp_path.iterdir()) == [got.path]
+
+    def test_goes_on_at_the_offset_in_the_same_version(
+        self, client: Client, peer: Peer, tmp_path: Path
+    ) -> None:
+        peer.add_version()
+        peer.add_version()
+        peer.breaks += [30, 0, 500]
+        got = client.download("current", to=tmp_path / "m.onnx")
+        assert got.path.read_bytes() == peer.content
+        requests = peer.calls["DownloadArtifact"]
+        assert [r.offset for r in requests] == [0, 30, 30, 530]
+        assert [r.name.rpartition("/")[2] for r in requests] == ["current", "2", "2", "2"]
+
+    def test_replaces_an_older_file(self, client: Client, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        (tmp_path / "m.onnx").write_bytes(b"old")
+        client.download(1, to=tmp_path / "m.onnx")
+        assert (tmp_path / "m.onnx").read_bytes() == peer.content
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ({"sha256": "0" * 64}, "announced 1024 and 0000"),
+            ({"announced_size": 1000}, "announced 1000"),
+            ({"skip": 1}, "should have come next"),
+        ],
+    )
+    def test_keeps_nothing_of_a_corrupt_file(
+        self,
+        client: Client,
+        peer: Peer,
+        tmp_path: Path,
+        fault: dict[str, object],
+        message: str,
+    ) -> None:
+        vars(peer).update(fault)
+        peer.add_version()
+        (tmp_path / "m.onnx").write_bytes(b"old")
+        with pytest.raises(CorruptDownloadError, match=message):
+            client.download(1, to=tmp_path / "m.onnx")
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+    def test_keeps_nothing_after_an_error(self, client: Client, peer: Peer, tmp_path: Path) -> None:
+        with pytest.raises(NotFoundError):
+            client.download(1, to=tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_gives_up_in_the_end(self, client: Client, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        peer.announced_size = len(peer.content) + 1
+        peer.content = b""
+        with pytest.raises(UnavailableError, match="early"):
+            client.download(1, to=tmp_path)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("code", "kind"),
+        [
+            ("INVALID_ARGUMENT", InvalidArgumentError),
+            ("NOT_FOUND", NotFoundError),
+            ("ALREADY_EXISTS", AlreadyExistsError),
+            ("FAILED_PRECONDITION", FailedPreconditionError),
+            ("RESOURCE_EXHAUSTED", ResourceExhaustedError),
+            ("DEADLINE_EXCEEDED", DeadlineExceededError),
+            ("CANCELLED", CallCancelledError),
+            ("DATA_LOSS", DataLossError),
+            ("OUT_OF_RANGE", OutOfRangeError),
+            ("INTERNAL", InternalError),
+            ("PERMISSION_DENIED", StatusError),
+        ],
+    )
+    def test_each_status_has_its_class(
+        self, client: Client, peer: Peer, code: str, kind: type[StatusError]
+    ) -> None:
+        peer.failures["GetTask"].append(
+            status(code, "no", "WHY", {"images[3]": "is empty", "top_k": "is negative"})
+        )
+        with pytest.raises(StatusError) as caught:
+            client.task("t1")
+        error = caught.value
+        assert type(error) is kind
+        assert (error.code, error.message, error.reason) == (code, "no", "WHY")
+        assert error.field_violations == (
+            FieldViolation("images[3]", "is empty"),
+            FieldViolation("top_k", "is negative"),
+        )
+        assert str(error) == "no (images[3]: is empty; top_k: is negative)"
+
+    def test_a_status_without_details(self, client: Client, peer: Peer) -> None:
+        bare = status("INVALID_ARGUMENT", "no")
+        bare.ClearField("details")
+        peer.failures["GetTask"].append(bare)
+        with pytest.raises(InvalidArgumentError, match="no") as caught:
+            client.task("t1")
+        assert caught.value.reason == ""
+
+    def test_unary_calls_are_retried_until_a_limit(self, client: Client, peer: Peer) -> None:
+        peer.add_task("t1")
+        peer.failures["GetTask"] += [status("UNAVAILABLE")] * 5
+        with pytest.raises(UnavailableError) as caught:
+            client.task("t1")
+        assert type(caught.value) is UnavailableError
+        assert len(peer.calls["GetTask"]) == 3
+        assert client.task("t1").id == "t1"
+
+    def test_nobody_listens(self, peer: Peer, connect: Callable[..., Client]) -> None:
+        peer.stop()
+        client = connect(peer.address)
+        with pytest.raises(ConnectionFailedError):
+            client.task("t1")
+        with pytest.raises(ConnectionFailedError):
+            client.learn([(b"1", "a")])
+        with pytest.raises(ConnectionFailedError):
+            client.wait("t1")
+
+    def test_the_answer_takes_too_long(self, peer: Peer, connect: Callable[..., Client]) -> None:
+        with pytest.raises(DeadlineExceededError):
+            connect(peer.address, timeout=0.05).predict([b"a"], version=99)
+
+    def test_another_model(self, peer: Peer, connect: Callable[..., Client]) -> None:
+        client = connect(peer.address, model="birds")
+        with pytest.raises(NotFoundError, match="models/birds/tasks/t1"):
+            client.task("t1")

@@ -1,0 +1,429 @@
+"""The exported file gives torch's answers; preprocessing in it gives timm's pixels."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from inflora_core import export, graph
+from inflora_core.backbone import (
+    Backbone,
+    build_backbone,
+    create_backbone,
+    preprocessing_of,
+    state_of,
+)
+from inflora_core.errors import (
+    DamagedError,
+    InvalidInputError,
+    ParityError,
+    UnsupportedBackboneError,
+)
+from inflora_core.export import check_parity, export_template
+from inflora_core.model import BackboneConfig, ClassEntry, ContinualModel, LayerState
+from tests.core.test_backbone import DEIT_TINY, FAMILIES, write
+
+Exported = tuple[Backbone, bytes]
+
+
+@cache
+def export_family(family: str) -> Exported:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "weights.safetensors", FAMILIES[family])
+        backbone = create_backbone(str(path))
+    return backbone, export_template(backbone)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=str)
+def exported(request: pytest.FixtureRequest) -> Exported:
+    return export_family(request.param)
+
+
+@pytest.fixture(scope="module")
+def vit() -> Exported:
+    return export_family("vit")
+
+
+def learned(backbone: Backbone, classes: int, seed: int = 0) -> ContinualModel:
+    """A model as after learning: other K and V rows in every layer, and a head."""
+    rng = np.random.default_rng(seed)
+    layers = {}
+    for name in backbone.config.layers:
+        rows = backbone.qkv(name).get_parameter("weight").numpy()
+        key_value = rows[len(rows) // 3 :]
+        change = 0.1 * rng.normal(size=key_value.shape)
+        d = rows.shape[1]
+        layers[name] = LayerState(
+            (key_value + change).astype(np.float32), np.eye(d), 0, np.eye(d), 0
+        )
+    e = backbone.config.embedding_size
+    return ContinualModel(
+        layers,
+        rng.normal(size=(classes, e)).astype(np.float32),
+        rng.normal(size=classes).astype(np.float32),
+        tuple(ClassEntry(f"Klasse {i} ß", f"task-{i // 2}") for i in range(classes)),
+    )
+
+
+def torch_model(backbone: Backbone, model: ContinualModel) -> Callable[[Tensor], Tensor]:
+    """The same model in torch, from weights of its own."""
+    state = state_of(backbone)
+    for name, layer in model.layers.items():
+        state[f"{name}.qkv.weight"][-len(layer.key_value) :] = layer.key_value
+    module = build_backbone(backbone.config, state).module
+    weight, bias = torch.from_numpy(model.head_weight), torch.from_numpy(model.head_bias)
+    return lambda pixels: nn.functional.linear(module(pixels), weight, bias)
+
+
+def session(model: bytes) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 2
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def pixels_of(backbone: Backbone, images: list[NDArray[np.uint8]]) -> Tensor:
+    return backbone.normalise(
+        torch.from_numpy(np.stack([backbone.resize(image) for image in images]))
+    )
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_every_family_gives_torchs_answers(exported: Exported, classes: int) -> None:
+    backbone, template = exported
+    model = learned(backbone, classes, seed=classes)
+    file = graph.materialise(template, model, 7)
+    expected = torch_model(backbone, model)
+    images = [noise(40 + 9 * i, 90 - 8 * i, 3, seed=i) for i in range(5)]
+    report = check_parity(file, expected, pixels_of(backbone, images), images, backbone)
+    assert report.images == 5
+    assert report.max_abs_diff <= 1e-4
+    assert report.preprocessing_grey_levels <= 0.1
+    assert report.top1_agreement == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batch_and_classes_are_free_in_the_whole_file(exported: Exported, batch: int) -> None:
+    backbone, template = exported
+    model = learned(backbone, 4)
+    file = graph.materialise(template, model, 1)
+    images = noise(batch, 50, 60, 3)
+    logits, probabilities, embedding, novelty = session(file).run(
+        list(graph.OUTPUTS), {graph.IMAGES: images}
+    )
+    with torch.inference_mode():
+        expected = torch_model(backbone, model)(pixels_of(backbone, list(images))).numpy()
+    assert logits.shape == probabilities.shape == (batch, 4)
+    assert embedding.shape == (batch, backbone.config.embedding_size)
+    np.testing.assert_allclose(logits, expected, atol=0.05)  # the images are noise, resized
+    np.testing.assert_allclose(
+        probabilities, torch.from_numpy(logits).softmax(1).numpy(), atol=1e-6
+    )
+    np.testing.assert_allclose(novelty, 1 - probabilities.max(1), atol=1e-6)
+
+
+def test_a_template_is_valid_and_discloses_nothing(exported: Exported) -> None:
+    backbone, template = exported
+    proto = onnx.load_from_string(template)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [entry.version for entry in proto.opset_import] == [graph.OPSET]
+    for message in (proto.graph, *proto.graph.node, *proto.graph.initializer):
+        assert not message.doc_string
+        assert not message.metadata_props
+    assert b"site-packages" not in template
+    assert b"/timm/" not in template
+    card = graph.read_metadata(template)
+    assert card.layers == backbone.config.layers
+    assert card.preprocessing == backbone.preprocessing
+    assert card.version is None
+    assert card.classes == ()
+
+
+def test_a_template_holds_the_frozen_rows_once(exported: Exported) -> None:
+    backbone, template = exported
+    stored = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in onnx.load_from_string(template).graph.initializer
+    }
+    for name in backbone.config.layers:
+        _, key, value = np.split(backbone.qkv(name).get_parameter("weight").numpy(), 3)
+        assert np.array_equal(stored[graph.key_weight(name)], key.T)
+        assert np.array_equal(stored[graph.value_weight(name)], value.T)
+    weights = sum(array.nbytes for array in state_of(backbone).values())
+    assert sum(array.nbytes for array in stored.values()) < 1.2 * weights + 20_000
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov3"])
+def test_exporting_again_gives_the_same_bytes(family: str) -> None:
+    backbone, first = export_family(family)
+    torch.manual_seed(99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert export_template(backbone) == first
+
+
+def test_equal_layers_are_not_merged(vit: Exported) -> None:
+    backbone, _ = vit
+    state = state_of(backbone)
+    for name in backbone.config.layers:
+        state[f"{name}.qkv.weight"][:] = 0
+    backbone = build_backbone(backbone.config, state)
+    template = export_template(backbone)
+    model = learned(backbone, 3)
+    images = [noise(32, 32, 3)]
+    file = graph.materialise(template, model, 1)
+    pixels = pixels_of(backbone, images)
+    check_parity(file, torch_model(backbone, model), pixels, images, backbone)
+
+
+def test_a_backbone_too_large_for_one_file_is_refused(
+    vit: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "LARGEST_FILE", 1000)
+    with pytest.raises(UnsupportedBackboneError, match="GiB of weights do not fit"):
+        export_template(vit[0])
+
+
+def test_exporting_leaves_the_backbone_as_it_was(vit: Exported) -> None:
+    backbone, _ = vit
+    for attention in backbone.layers.values():
+        assert isinstance(attention.qkv, nn.Linear)
+        assert attention.fused_attn
+
+
+def test_a_file_says_what_it_is(vit: Exported) -> None:
+    backbone, template = vit
+    model = learned(backbone, 3)
+    file = graph.materialise(template, model, 12, {"backbone": "abc"})
+    card = graph.read_metadata(file)
+    assert card.classes == ("Klasse 0 ß", "Klasse 1 ß", "Klasse 2 ß")
+    assert card.tasks == ("task-0", "task-0", "task-1")
+    assert card.version == 12
+    assert card.preprocessing == backbone.preprocessing
+    assert card.other == {"backbone": "abc"}
+    props = {prop.key: prop.value for prop in onnx.load_from_string(file).metadata_props}
+    assert list(props) == sorted(props)
+    assert json.loads(props["classes"]) == list(card.classes)
+    for part in graph.split(file):
+        assert graph.read_metadata(part) == card
+
+
+def test_a_files_bytes_follow_from_its_arguments(vit: Exported) -> None:
+    backbone, template = vit
+    model = learned(backbone, 3)
+    parsed = onnx.load_from_string(template)
+    file = graph.materialise(template, model, 2)
+    assert graph.materialise(parsed, model, 2) == file
+    assert parsed.SerializeToString(deterministic=True) == template
+    fortran = replace(model, head_weight=np.asfortranarray(model.head_weight))
+    assert graph.materialise(template, fortran, 2) == file
+    assert graph.materialise(file, model, 2) == file, "a file is a template, too"
+
+
+def test_what_does_not_fit_a_template_is_refused(vit: Exported) -> None:
+    backbone, template = vit
+    model = learned(backbone, 3)
+    name, layer = next(iter(model.layers.items()))
+    wrong: dict[str, ContinualModel] = {
+        "at least one": replace(
+            model, classes=(), head_weight=model.head_weight[:0], head_bias=model.head_bias[:0]
+        ),
+        "as classes": replace(model, classes=model.classes[:2]),
+        "head.bias": replace(model, head_bias=model.head_bias[:, None]),
+        "head.weight": replace(model, head_weight=model.head_weight[:, 1:]),
+        "not those of the template": replace(model, layers={name: layer}),
+        "key.weight": replace(
+            model, layers={**model.layers, name: replace(layer, key_value=layer.key_value[2:])}
+        ),
+    }
+    for reason, changed in wrong.items():
+        with pytest.raises(InvalidInputError, match=reason):
+            graph.materialise(template, changed, 1)
+    with pytest.raises(InvalidInputError, match="'classes' is taken"):
+        graph.materialise(template, model, 1, {"classes": "[]"})
+
+
+def test_damaged_files_are_said_to_be(vit: Exported) -> None:
+    _, template = vit
+    for content in (b"", b"not ONNX", template[:500]):
+        with pytest.raises(DamagedError):
+            graph.read_metadata(content)
+        with pytest.raises(DamagedError):
+            graph.split(content)
+
+
+def test_a_difference_is_found(vit: Exported) -> None:
+    backbone, template = vit
+    model = learned(backbone, 3)
+    file = graph.materialise(template, model, 1)
+    images = [noise(40, 50, 3, seed=i) for i in range(4)]
+    pixels = pixels_of(backbone, images)
+    right = torch_model(backbone, model)
+
+    other = replace(model, head_bias=model.head_bias + np.float32([0, 1e-3, 0]))
+    with pytest.raises(ParityError, match="differ by 1"):
+        check_parity(file, torch_model(backbone, other), pixels, images, backbone)
+    with pytest.raises(ParityError, match="not finite"):
+        check_parity(file, lambda x: right(x) * torch.nan, pixels, images, backbone)
+    with pytest.raises(ParityError, match="torch"):
+        check_parity(file, lambda x: right(x)[:, :2], pixels, images, backbone)
+    with pytest.raises(InvalidInputError, match="at least one image"):
+        check_parity(file, right, pixels[:0], [], backbone)
+
+    cfg = {**backbone.config.pretrained_cfg, "crop_pct": 0.5}
+    cropped = Backbone(
+        backbone.module, replace(backbone.config, pretrained_cfg=cfg), preprocessing_of(cfg)
+    )
+    with pytest.raises(ParityError, match="grey levels"):
+        check_parity(file, right, pixels, images, cropped)
+
+
+def test_a_difference_from_end_to_end_is_found(vit: Exported) -> None:
+    """Torch agrees on the pixels that are compared, but not on those of the originals."""
+    backbone, template = vit
+    model = learned(backbone, 3)
+    file = graph.materialise(template, model, 1)
+    images = [noise(40, 50, 3, seed=i) for i in range(4)]
+    right = torch_model(backbone, model)
+    calls = []
+
+    def later_wrong(pixels: Tensor) -> Tensor:
+        calls.append(pixels)
+        return right(pixels) if len(calls) == 1 else -right(pixels)
+
+    with pytest.raises(ParityError, match="4 of 4 images"):
+        check_parity(file, later_wrong, pixels_of(backbone, images), images, backbone)
+
+
+def no_backbone() -> onnx.ModelProto:
+    """``pixels`` to their mean colour, in place of a network."""
+    nodes = [
+        helper.make_node("GlobalAveragePool", [graph.PIXELS], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], [graph.EMBEDDING]),
+    ]
+    floats = TensorProto.FLOAT
+    made = helper.make_graph(
+        nodes,
+        "mean",
+        [helper.make_tensor_value_info(graph.PIXELS, floats, ("b", 3, None, None))],
+        [helper.make_tensor_value_info(graph.EMBEDDING, floats, ("b", 3))],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", graph.OPSET)])
+
+
+@cache
+def preprocess(config: str) -> tuple[Backbone, ort.InferenceSession]:
+    """Preprocessing alone, in torch and as a graph, for a data configuration in JSON."""
+    data: dict[str, Any] = json.loads(config)
+    prepared = preprocessing_of(data)
+    backbone = Backbone(nn.Identity(), BackboneConfig("none", {}, data), prepared)
+    model = graph.compose(no_backbone(), (), 3, prepared)
+    return backbone, session(graph.split(model)[0])
+
+
+def grey_levels(config: dict[str, Any], image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Differences of the graph's pixels from timm's, in grey levels, (S, S', 3)."""
+    backbone, part = preprocess(json.dumps(config, sort_keys=True))
+    pixels = part.run(None, {graph.IMAGES: image[None]})[0][0]
+    to = backbone.preprocessing
+    assert pixels.shape == (3, to.height, to.width)
+    levels = 255 * (pixels.transpose(1, 2, 0) * np.float64(to.std) + to.mean)
+    return np.abs(levels - backbone.resize(image))
+
+
+CONFIGS = st.fixed_dictionaries(
+    {
+        "input_size": st.sampled_from([[3, 32, 32], [3, 48, 48], [3, 32, 56], [3, 64, 24]]),
+        "interpolation": st.sampled_from(["bicubic", "bilinear"]),
+        "crop_mode": st.sampled_from(["center", "squash"]),
+        "crop_pct": st.sampled_from([1.0, 0.9, 0.875]),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    config=CONFIGS,
+    height=st.integers(2, 300),
+    width=st.integers(2, 300),
+    seed=st.integers(0, 2**31),
+)
+def test_preprocessing_is_timms(config: dict[str, Any], height: int, width: int, seed: int) -> None:
+    """Also on noise, the hardest case. The rare level more is Pillow's fixed-point rounding."""
+    difference = grey_levels(config, noise(height, width, 3, seed=seed))
+    assert difference.mean() <= 0.1
+    assert difference.max() <= 2
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    "size", [(480, 640), (1203, 803), (224, 224), (225, 224), (248, 311), (97, 1300), (3, 2)]
+)
+def test_preprocessing_at_224_pixels(interpolation: str, size: tuple[int, int]) -> None:
+    config = {"input_size": [3, 224, 224], "interpolation": interpolation, "crop_pct": 0.9}
+    assert grey_levels(config, noise(*size, 3)).mean() <= 0.1
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_an_image_of_the_models_size_is_not_changed(crop_mode: str) -> None:
+    config = {"input_size": [3, 40, 40], "crop_mode": crop_mode, "crop_pct": 1.0}
+    assert grey_levels(config, noise(40, 40, 3)).max() < 1e-3
+
+
+def test_parts_together_are_the_whole(vit: Exported) -> None:
+    backbone, template = vit
+    file = graph.materialise(template, learned(backbone, 3), 1)
+    first, second = graph.split(file)
+    images = noise(2, 70, 33, 3)
+    pixels = session(first).run(None, {graph.IMAGES: images})[0]
+    parts = session(second).run(list(graph.OUTPUTS), {graph.PIXELS: pixels})
+    whole = session(file).run(list(graph.OUTPUTS), {graph.IMAGES: images})
+    for part, expected in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(part, expected, atol=1e-5)
+
+
+def test_composing_refuses_what_it_cannot_keep() -> None:
+    to = preprocessing_of({})
+    with pytest.raises(UnsupportedBackboneError, match=r"lacks blocks\.0\.attn\.key\.weight"):
+        graph.compose(no_backbone(), ("blocks.0.attn",), 3, to)
+    contrib = no_backbone()
+    contrib.graph.node[0].domain = "com.microsoft"
+    with pytest.raises(UnsupportedBackboneError, match="not plain ONNX"):
+        graph.compose(contrib, (), 3, to)
+    clash = no_backbone()
+    clash.graph.node[0].output[0] = clash.graph.node[1].input[0] = graph.LOGITS
+    with pytest.raises(UnsupportedBackboneError, match="a name of ours: 'logits'"):
+        graph.compose(clash, (), 3, to)
+
+
+@pytest.mark.skipif(not DEIT_TINY.is_file(), reason="the weights of DeiT-tiny are not here")
+def test_deit_tiny_as_published() -> None:
+    backbone = create_backbone(str(DEIT_TINY))
+    model = learned(backbone, 10)
+    model = replace(model, head_weight=model.head_weight / 10)
+    file = graph.materialise(export_template(backbone), model, 1)
+    images = [noise(200, 300, 3, seed=i) for i in range(3)]
+    expected = torch_model(backbone, model)
+    report = check_parity(file, expected, pixels_of(backbone, images), images, backbone)
+    assert report.max_abs_diff <= 1e-4

@@ -1,0 +1,425 @@
+"""``predictor``: answers of a composed ONNX file, made by hand so that nothing needs torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from inflora_core import graph
+from inflora_core.errors import DamagedError, InvalidInputError, StateError, UnavailableError
+from inflora_core.graph import ModelCard
+from inflora_core.model import ClassEntry, ContinualModel, Preprocessing
+from inflora_core.predictor import (
+    CPU,
+    CUDA,
+    Answers,
+    Predictor,
+    RuntimeOptions,
+    processors,
+    softmax,
+    top_classes,
+)
+
+SIZE = Preprocessing(
+    height=16,
+    width=16,
+    resize_height=18,
+    resize_width=18,
+    interpolation="bicubic",
+    crop_mode="center",
+    mean=(0.4, 0.5, 0.6),
+    std=(0.2, 0.25, 0.3),
+)
+EMBEDDING = 6
+CLASSES = (
+    ClassEntry("ant", "t1"),
+    ClassEntry("bee", "t1"),
+    ClassEntry("caf\u00e9", "t2"),
+    ClassEntry("dog", "t3"),
+    ClassEntry("eel", "t2"),
+)
+ONE_THREAD = RuntimeOptions(intra_op_threads=1, provider="cpu")
+
+
+def template() -> bytes:
+    """A backbone that averages quarters of the image and mixes them, composed as ours are."""
+    rng = np.random.default_rng(5)
+    mix = rng.normal(size=(12, EMBEDDING)).astype(np.float32)
+    nodes = [
+        helper.make_node("AveragePool", ["pixels"], ["pool"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Flatten", ["pool"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "mix"], ["mixed"]),
+        helper.make_node("Tanh", ["mixed"], ["embedding"]),
+    ]
+    backbone = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "backbone",
+            [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, 16, 16])],
+            [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", EMBEDDING])],
+            [numpy_helper.from_array(mix, "mix")],
+        ),
+        opset_imports=[helper.make_opsetid("", graph.OPSET)],
+    )
+    return graph.compose(backbone, (), EMBEDDING, SIZE).SerializeToString()
+
+
+def version(number: int = 3, classes: tuple[ClassEntry, ...] = CLASSES) -> bytes:
+    rng = np.random.default_rng(number)
+    model = ContinualModel(
+        layers={},
+        head_weight=rng.normal(size=(len(classes), EMBEDDING)).astype(np.float32),
+        head_bias=rng.normal(size=len(classes)).astype(np.float32),
+        classes=classes,
+    )
+    return graph.materialise(template(), model, number)
+
+
+@pytest.fixture(scope="module")
+def file() -> bytes:
+    return version()
+
+
+@pytest.fixture(scope="module")
+def predictor(file: bytes) -> Predictor:
+    return Predictor.load(file, ONE_THREAD)
+
+
+def image(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def outputs(answers: Answers) -> list[NDArray[np.float32]]:
+    return [answers.logits, answers.probabilities, answers.embedding, answers.novelty]
+
+
+# --- Running ------------------------------------------------------------------------------------
+
+
+def test_the_card_is_the_files(predictor: Predictor):
+    assert predictor.card.classes == tuple(entry.label for entry in CLASSES)
+    assert predictor.card.tasks == ("t1", "t1", "t2", "t3", "t2")
+    assert predictor.card.version == 3
+    assert predictor.card.preprocessing == SIZE
+    assert predictor.provider == CPU
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 70), st.integers(2, 70), st.integers(0, 9))
+def test_the_parts_answer_as_the_whole_file_does(height: int, width: int, seed: int):
+    """What the server runs in two sessions is what a device runs in one."""
+    one = image(height, width, seed)
+    pixels = WHOLE.preprocess(one)
+    assert pixels.shape == (1, 3, 16, 16)
+    assert pixels.dtype == np.float32
+    expected = DEVICE.run(list(graph.OUTPUTS), {"images": one[np.newaxis]})
+    for ours, theirs in zip(outputs(WHOLE.predict([one])), expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_grey_image_becomes_its_normalised_value(predictor: Predictor):
+    pixels = predictor.preprocess(np.full((40, 25, 3), 100, np.uint8))
+    expected = (100 / 255 - np.array(SIZE.mean)) / np.array(SIZE.std)
+    np.testing.assert_allclose(
+        pixels, np.broadcast_to(expected[:, None, None], (1, 3, 16, 16)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_images_of_mixed_sizes_are_answered_in_their_order(predictor: Predictor, count: int):
+    images = [image(9 + 13 * i, 50 - 5 * i, i) for i in range(count)]
+    together = predictor.predict(images)
+    assert len(together) == count
+    assert together.logits.shape == together.probabilities.shape == (count, len(CLASSES))
+    assert together.embedding.shape == (count, EMBEDDING)
+    assert together.novelty.shape == (count,)
+    for row, one in enumerate(images):
+        for all_rows, alone in zip(
+            outputs(together), outputs(predictor.predict([one])), strict=True
+        ):
+            np.testing.assert_allclose(all_rows[row], alone[0], atol=1e-6)
+
+
+def test_arrays_that_are_not_contiguous_are_read_right(predictor: Predictor):
+    turned = image(30, 20)[::-1, :, ::-1]
+    np.testing.assert_array_equal(
+        predictor.preprocess(turned), predictor.preprocess(np.ascontiguousarray(turned))
+    )
+
+
+def test_no_image(predictor: Predictor):
+    with pytest.raises(InvalidInputError, match="no images") as caught:
+        predictor.predict([])
+    assert caught.value.field == "images"
+
+
+def test_a_path_is_as_good_as_bytes(tmp_path: Path, file: bytes, predictor: Predictor):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(file)
+    read = Predictor.load(path, ONE_THREAD)
+    one = image(20, 20)
+    np.testing.assert_array_equal(read.predict([one]).logits, predictor.predict([one]).logits)
+
+
+def test_defaults_load_and_warm_up(file: bytes):
+    ready = Predictor.load(file)
+    ready.warm_up()
+    assert ready.provider in {CPU, CUDA}
+
+
+def test_threads_get_their_own_answers(predictor: Predictor):
+    images = [image(8 + i, 40 - i, i) for i in range(24)]
+    alone = [predictor.predict([one]).logits for one in images]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda one: predictor.predict([one]).logits, images * 5))
+    for i, logits in enumerate(together):
+        np.testing.assert_array_equal(logits, alone[i % len(images)])
+
+
+def test_versions_answer_side_by_side(predictor: Predictor):
+    other = Predictor.load(version(4, CLASSES[:2]), ONE_THREAD)
+    assert other.card.version == 4
+    assert other.predict([image(16, 16)]).logits.shape == (1, 2)
+    assert predictor.predict([image(16, 16)]).logits.shape == (1, 5)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_sessions_leave_the_cores_to_others(file: bytes, threads: int):
+    loaded = Predictor.load(file, RuntimeOptions(threads, "cpu"))
+    for session in (loaded._preprocess, loaded._classify):
+        options = session.get_session_options()
+        assert options.intra_op_num_threads == (threads or processors())
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert options.execution_mode == ort.ExecutionMode.ORT_SEQUENTIAL
+    # What one huge photo needed must not stay reserved for good.
+    assert not loaded._preprocess.get_session_options().enable_cpu_mem_arena
+
+
+# --- Providers ----------------------------------------------------------------------------------
+
+without_cuda = pytest.mark.skipif(
+    CUDA in ort.get_available_providers(), reason="this onnxruntime may really have CUDA"
+)
+
+
+@without_cuda
+def test_cuda_that_is_not_there_is_an_error(file: bytes):
+    with pytest.raises(UnavailableError, match="fell back to CPUExecutionProvider"):
+        Predictor.load(file, RuntimeOptions(provider="cuda"))
+
+
+@without_cuda
+def test_cuda_that_does_not_start(file: bytes, monkeypatch: pytest.MonkeyPatch):
+    """onnxruntime-gpu without a working driver: offered, then not there."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+    with pytest.raises(UnavailableError, match="fell back"):
+        Predictor.load(file, RuntimeOptions(provider="cuda"))
+    for provider in ("auto", "cpu"):
+        loaded = Predictor.load(file, RuntimeOptions(provider=provider))
+        assert loaded.provider == CPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="needs onnxruntime-gpu")
+def test_cuda_answers_as_the_cpu_does(file: bytes, predictor: Predictor):
+    loaded = Predictor.load(file, RuntimeOptions(provider="cuda"))
+    assert loaded.provider == CUDA
+    one = image(33, 44)
+    for theirs, ours in zip(
+        outputs(loaded.predict([one])), outputs(predictor.predict([one])), strict=True
+    ):
+        np.testing.assert_allclose(theirs, ours, atol=1e-4)
+
+
+def test_a_damaged_file_is_not_blamed_on_the_provider(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+    model = onnx.load_model_from_string(version())
+    model.graph.node[-1].op_type = "NoSuchOperator"
+    with pytest.raises(DamagedError):
+        Predictor.load(model.SerializeToString(), RuntimeOptions(provider="cuda"))
+
+
+# --- Damaged files ------------------------------------------------------------------------------
+
+
+def test_a_file_cut_anywhere_is_damaged(file: bytes):
+    cuts = {*range(0, len(file), max(len(file) // 60, 1)), *range(len(file) - 60, len(file))}
+    for cut in sorted(cuts):
+        with pytest.raises(DamagedError):
+            Predictor.load(file[:cut], ONE_THREAD)
+
+
+@pytest.mark.parametrize("name", [b"inflora", b"preprocess.half"])
+def test_names_that_are_no_text_are_damaged(file: bytes, name: bytes):
+    """protobuf itself then raises, or hands out bytes for text."""
+    assert name in file
+    with pytest.raises(DamagedError):
+        Predictor.load(file.replace(name, name[:-1] + b"\xc8"), ONE_THREAD)
+
+
+@given(st.binary(max_size=100))
+@settings(max_examples=50)
+def test_random_bytes_are_damaged(content: bytes):
+    with pytest.raises(DamagedError):
+        Predictor.load(content, ONE_THREAD)
+
+
+def test_a_template_is_not_a_version():
+    with pytest.raises(DamagedError, match="class table"):
+        Predictor.load(template(), ONE_THREAD)
+
+
+@pytest.mark.parametrize("key", ["classes", "tasks", "version", "preprocessing"])
+def test_metadata_must_be_there_and_readable(file: bytes, key: str):
+    for value in (None, "not json", "[]"):
+        model = onnx.load_model_from_string(file)
+        kept = [p for p in model.metadata_props if p.key != key]
+        del model.metadata_props[:]
+        model.metadata_props.extend(kept)
+        if value is not None:
+            model.metadata_props.add(key=key, value=value)
+        with pytest.raises(DamagedError):
+            Predictor.load(model.SerializeToString(), ONE_THREAD)
+
+
+def test_another_onnx_file_is_refused():
+    identity = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "other",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    with pytest.raises(DamagedError):
+        Predictor.load(helper.make_model(identity).SerializeToString(), ONE_THREAD)
+
+
+def test_a_missing_file(tmp_path: Path):
+    with pytest.raises(DamagedError, match="cannot be read"):
+        Predictor.load(tmp_path / "model.onnx", ONE_THREAD)
+
+
+# --- The best classes ---------------------------------------------------------------------------
+
+CARD = ModelCard(
+    classes=tuple(entry.label for entry in CLASSES),
+    tasks=tuple(entry.task for entry in CLASSES),
+    version=3,
+    preprocessing=SIZE,
+    layers=(),
+    other={},
+)
+
+
+def answers_of(logits: NDArray[np.float32]) -> Answers:
+    count = len(logits)
+    return Answers(
+        logits, softmax(logits), np.zeros((count, 1), np.float32), np.zeros(count, np.float32)
+    )
+
+
+def test_best_first():
+    logits = np.log(np.array([[1, 5, 2, 8, 4], [9, 1, 1, 1, 8]], np.float32))
+    best = top_classes(answers_of(logits), CARD, 2)
+    assert [[label for label, _ in row] for row in best] == [["dog", "bee"], ["ant", "eel"]]
+    assert best[0][0][1] == pytest.approx(0.4)
+    assert best[1][1][1] == pytest.approx(0.4)
+    assert all(type(probability) is float for row in best for _, probability in row)
+
+
+def test_only_the_named_tasks_classes_compete():
+    logits = np.log(np.array([[1, 5, 2, 8, 6]], np.float32))
+    assert top_classes(answers_of(logits), CARD, 5, "t2") == [
+        [("eel", pytest.approx(0.75)), ("caf\u00e9", pytest.approx(0.25))]
+    ]
+    assert top_classes(answers_of(logits), CARD, 5, "t3") == [[("dog", 1.0)]]
+
+
+def test_competing_alone_they_are_told_apart_however_unlikely_they_are():
+    """All of t2's probabilities over all classes round to 0; its logits still differ."""
+    logits = np.array([[0, 0, -200, 0, -201]], np.float32)
+    ((first, second),) = top_classes(answers_of(logits), CARD, 5, "t2")
+    assert first == ("caf\u00e9", pytest.approx(1 / (1 + np.exp(-1))))
+    assert second[0] == "eel"
+    ranked = top_classes(answers_of(np.array([[0, 0, -201, 0, -200]], np.float32)), CARD, 5)
+    assert [label for label, _ in ranked[0]] == ["ant", "bee", "dog", "eel", "caf\u00e9"]
+
+
+def test_equals_come_by_position():
+    best = top_classes(answers_of(np.zeros((1, 5), np.float32)), CARD, 4)
+    assert [label for label, _ in best[0]] == ["ant", "bee", "caf\u00e9", "dog"]
+
+
+@given(
+    arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 4), st.just(5)),
+        elements=st.sampled_from([-1e4, -3.0, 0.0, 0.5, 2.0, 1e4]),
+    ),
+    st.integers(1, 8),
+    st.sampled_from([None, "t1", "t2", "t3"]),
+)
+def test_ranking_is_that_of_a_plain_sort(logits: NDArray[np.float32], top_k: int, task: str | None):
+    columns = [i for i, entry in enumerate(CLASSES) if task in (None, entry.task)]
+    best = top_classes(answers_of(logits), CARD, top_k, task)
+    for row, found in zip(logits, best, strict=True):
+        expected = sorted(columns, key=lambda i: (-row[i], i))[:top_k]
+        assert [label for label, _ in found] == [CLASSES[i].label for i in expected]
+        total = sum(probability for _, probability in found)
+        assert total <= 1 + 1e-5
+        if top_k >= len(columns):
+            assert total == pytest.approx(1, abs=1e-5)
+
+
+def test_a_task_that_this_version_does_not_know():
+    with pytest.raises(StateError, match="'t9'") as caught:
+        top_classes(answers_of(np.zeros((1, 5), np.float32)), CARD, 1, "t9")
+    assert caught.value.field == "task"
+    assert "version 3" in caught.value.message
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_must_be_positive(top_k: int):
+    with pytest.raises(InvalidInputError) as caught:
+        top_classes(answers_of(np.zeros((1, 5), np.float32)), CARD, top_k)
+    assert caught.value.field == "top_k"
+
+
+def test_novelty_is_passed_on(predictor: Predictor):
+    answers = predictor.predict([image(20, 20), image(30, 10, 1)])
+    np.testing.assert_allclose(answers.novelty, 1 - answers.probabilities.max(axis=1), atol=1e-6)
+    assert len(replace(answers, logits=answers.logits[:1])) == 1
+
+
+# --- Without torch ------------------------------------------------------------------------------
+
+
+def test_nothing_here_imports_torch():
+    code = (
+        "import sys, inflora_core.predictor, inflora_core.images, inflora_core.labels; "
+        "sys.exit(', '.join({'torch', 'timm', 'torchvision'} & set(sys.modules)) or 0)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+WHOLE = Predictor.load(version(), ONE_THREAD)
+DEVICE = ort.InferenceSession(version(), providers=[CPU])

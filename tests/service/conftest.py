@@ -1,0 +1,267 @@
+"""A real server in this process, a real worker process that follows a script, and a client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from PIL import Image
+
+from inflora.v1 import learner_service_pb2 as learner_pb
+from inflora.v1 import (
+    learner_service_pb2_grpc,
+    model_service_pb2_grpc,
+    predictor_service_pb2_grpc,
+)
+from inflora.v1 import task_pb2 as pb
+from inflora_core.config import Limits
+from inflora_core.store import Store
+from inflora_service.server import Server, Settings
+from tests.service.mean_colour import make_backbone
+
+WORKER = Path(__file__).parent / "scripted_worker.py"
+ROOT = Path(__file__).parents[2]
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def png(colour: tuple[int, int, int] = RED, size: tuple[int, int] = (16, 12)) -> bytes:
+    """Return an image of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a client is told when a call fails."""
+
+    code: grpc.StatusCode
+    reason: str
+    field: str
+    message: str
+
+
+@contextlib.contextmanager
+def fails(code: str, reason: str, field: str = "") -> Any:
+    """Expect a call to fail with just this status and details."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        yield
+    found = fault_of(caught.value)
+    assert (found.code.name, found.reason, found.field) == (code, reason, field), found
+
+
+def fault_of(error: grpc.aio.AioRpcError) -> Fault:
+    """Return what ``error`` carries."""
+    call = _Call(error)
+    status = rpc_status.from_call(call)
+    assert status is not None, f"{error.code()} without details: {error.details()}"
+    info, field = error_details_pb2.ErrorInfo(), ""
+    for detail in status.details:
+        request = error_details_pb2.BadRequest()
+        if detail.Is(info.DESCRIPTOR):
+            detail.Unpack(info)
+        elif detail.Is(request.DESCRIPTOR):
+            detail.Unpack(request)
+            (violation,) = request.field_violations
+            field = violation.field
+    assert info.domain == "inflora"
+    return Fault(error.code(), info.reason, field, status.message)
+
+
+class _Call:
+    """An ``AioRpcError`` as ``rpc_status`` wants a call."""
+
+    def __init__(self, error: grpc.aio.AioRpcError) -> None:
+        self.code, self.details = error.code, error.details
+        metadata = error.trailing_metadata()
+        self.trailing_metadata = lambda: list(metadata or ())
+
+
+class Script:
+    """Tells the worker what to do, and the test where the worker is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pids: list[int] = []
+        self.visits: list[tuple[str, str | None]] = []
+        self._held: set[str] = set()
+        self._answers: dict[str, list[dict[str, Any]]] = {}
+        self._waiting: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self._arrival = asyncio.Condition()
+
+    async def serve(self) -> asyncio.Server:
+        return await asyncio.start_unix_server(self._talk, self.path)
+
+    def hold(self, *points: str) -> None:
+        """Have the worker wait whenever it reaches one of ``points``."""
+        self._held.update(points)
+
+    def then(self, point: str, **answer: Any) -> None:
+        """Have the worker do something else, the next time it reaches ``point``."""
+        self._answers.setdefault(point, []).append(answer)
+
+    async def reached(self, point: str) -> None:
+        """Wait until the worker waits at ``point``."""
+        async with self._arrival:
+            await self._arrival.wait_for(lambda: point in self._waiting)
+
+    def release(self, point: str, **answer: Any) -> None:
+        """Let the worker go on from ``point``, where it waits, and pass from now on."""
+        self._held.discard(point)
+        self._waiting.pop(point)(answer or {"do": "go"})
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Kill the worker, wherever it is."""
+        self._waiting.clear()
+        os.kill(self.pids[-1], number)
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            while line := await reader.readline():
+                question = json.loads(line)
+                point = question["at"]
+                if question["pid"] not in self.pids:
+                    self.pids.append(question["pid"])
+                self.visits.append((point, question["task"]))
+
+                def answer(how: dict[str, Any], number: int = question["number"]) -> None:
+                    writer.write(json.dumps({**how, "number": number}).encode() + b"\n")
+
+                if self._answers.get(point):
+                    answer(self._answers[point].pop(0))
+                elif point in self._held:
+                    async with self._arrival:
+                        self._waiting[point] = answer
+                        self._arrival.notify_all()
+                else:
+                    answer({"do": "go"})
+
+
+class Running:
+    """A server that runs, and a client of it."""
+
+    def __init__(self, server: Server, channel: grpc.aio.Channel, settings: Settings) -> None:
+        self.server = server
+        self.settings = settings
+        self.channel = channel
+        self.learner = learner_service_pb2_grpc.LearnerServiceStub(channel)
+        self.predictor = predictor_service_pb2_grpc.PredictorServiceStub(channel)
+        self.model = model_service_pb2_grpc.ModelServiceStub(channel)
+        self.health = health_pb2_grpc.HealthStub(channel)
+
+    @property
+    def store(self) -> Store:
+        return Store.open(self.settings.store)
+
+    async def learn(self, classes: Mapping[str, Iterable[bytes]], **spec: Any) -> pb.Task:
+        """Upload a task."""
+        response = await self.learner.LearnTask(upload(classes, **spec))
+        return response.task
+
+    async def watched(self, name: str) -> list[pb.Task]:
+        """Return all that a watcher of a task is sent."""
+        stream = self.learner.WatchTask(learner_pb.WatchTaskRequest(name=name))
+        return [response.task async for response in stream]
+
+    async def ended(self, name: str) -> pb.Task:
+        """Return a task once it has ended."""
+        return (await self.watched(name))[-1]
+
+    async def get(self, name: str) -> pb.Task:
+        response = await self.learner.GetTask(learner_pb.GetTaskRequest(name=name))
+        return response.task
+
+    async def serving(self, service: str = "") -> str:
+        """Return what the server says about the health of a service."""
+        response = await self.health.Check(health_pb2.HealthCheckRequest(service=service))
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+
+    def assert_no_traces(self) -> None:
+        """Assert that no upload has left a record or a spool."""
+        assert not list((self.settings.store / "spool").iterdir())
+
+
+def upload(
+    classes: Mapping[str, Iterable[bytes]], **spec: Any
+) -> list[learner_pb.LearnTaskRequest]:
+    """Return the messages of an upload."""
+    examples = [
+        pb.Example(image=image, label=label)
+        for label, images in classes.items()
+        for image in images
+    ]
+    return [
+        learner_pb.LearnTaskRequest(spec=pb.TaskSpec(**spec)),
+        learner_pb.LearnTaskRequest(examples=pb.ExampleBatch(examples=examples)),
+    ]
+
+
+@pytest.fixture(scope="session")
+def prepared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a backbone and no version."""
+    path = tmp_path_factory.mktemp("prepared") / "store"
+    make_backbone(Store.open(path))
+    return path
+
+
+@pytest.fixture
+async def script(tmp_path: Path) -> AsyncIterator[Script]:
+    """What the worker asks."""
+    script = Script(tmp_path / "script")
+    async with await script.serve():
+        yield script
+
+
+@pytest.fixture
+def settings(tmp_path: Path, prepared_store: Path, script: Script, monkeypatch: Any) -> Settings:
+    """Settings of a server on a store of its own."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+    shutil.copytree(prepared_store, tmp_path / "store")
+    return Settings(
+        store=tmp_path / "store",
+        port=0,
+        limits=Limits(message_bytes=2**20, predict_images=4, task_images=100, queued_tasks=3),
+        predict_threads=1,
+        drain_seconds=5.0,
+        worker=(sys.executable, str(WORKER), "--script", str(script.path)),
+    )
+
+
+@pytest.fixture
+async def start(settings: Settings) -> AsyncIterator[Callable[..., Any]]:
+    """Starts servers; those that still run are stopped at the end of the test."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(**changes: Any) -> Running:
+            chosen = replace(settings, **changes)
+            server = Server(chosen)
+            await server.start()
+            stack.push_async_callback(server.stop)
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
+            return Running(server, channel, chosen)
+
+        yield begin
+
+
+@pytest.fixture
+async def running(start: Callable[..., Any]) -> Running:
+    """A server that runs."""
+    running: Running = await start()
+    return running

@@ -1,0 +1,160 @@
+"""A learning worker that does what a test says, at the other end of the real protocol.
+
+It "learns" the mean colour of each class and publishes real versions through the real store, so
+that what the server does with them is real. At every point (``POINTS``) it asks the test, over a
+Unix socket, what to do next: go on, fail, or end at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+STAGES = (
+    "DECODING",
+    "DESIGNING",
+    "TRAINING",
+    "EXTENDING",
+    "MERGING",
+    "EXPORTING",
+    "CHECKING",
+    "PUBLISHING",
+)
+POINTS = ("START", "PREPARE", *STAGES, "LEARNED")
+"""``LEARNED``: the version is durable, and the server does not know yet."""
+
+
+class CancelledError(Exception):
+    pass
+
+
+class FailedError(Exception):
+    pass
+
+
+class Worker:
+    def __init__(self, store: Path, script: Path) -> None:
+        self.store = store
+        self.inbox: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.commands: list[dict[str, Any]] = []
+        self.cancelled: set[str] = set()
+        self.points = 0
+        self.script = socket.socket(socket.AF_UNIX)
+        self.script.connect(str(script))
+        threading.Thread(target=self.read_commands, daemon=True).start()
+        threading.Thread(target=self.read_script, daemon=True).start()
+
+    def read_commands(self) -> None:
+        for line in sys.stdin:
+            self.inbox.put(json.loads(line))
+        os._exit(0)
+
+    def read_script(self) -> None:
+        for line in self.script.makefile():
+            self.inbox.put(json.loads(line))
+
+    def send(self, event: str, **fields: Any) -> None:
+        print(json.dumps({"event": event, **fields}), flush=True)
+
+    def reach(self, point: str, task: str | None = None) -> None:
+        """Ask the test what to do here."""
+        self.points += 1
+        question = {"at": point, "task": task, "pid": os.getpid(), "number": self.points}
+        self.script.sendall(json.dumps(question).encode() + b"\n")
+        while True:
+            if task in self.cancelled and point not in ("PUBLISHING", "LEARNED"):
+                raise CancelledError
+            message = self.inbox.get()
+            if message.get("number") == self.points:
+                break
+            self.take(message)
+        match message["do"]:
+            case "fail":
+                raise FailedError(message)
+            case "exit":
+                os._exit(message["status"])
+            case "say":
+                print(message["line"], flush=True)
+
+    def take(self, message: dict[str, Any]) -> None:
+        if message.get("command") == "cancel":
+            self.cancelled.add(message["task"])
+        elif "command" in message:
+            self.commands.append(message)
+
+    def next_command(self) -> dict[str, Any]:
+        while not self.commands:
+            self.take(self.inbox.get())
+        return self.commands.pop(0)
+
+    def serve(self) -> None:
+        self.reach("START")
+        self.send("ready")
+        while True:
+            command = self.next_command()
+            task = command.get("task")
+            try:
+                if command["command"] == "prepare":
+                    self.reach("PREPARE")
+                    self.prepare()
+                else:
+                    self.learn(command)
+            except CancelledError:
+                self.send("cancelled", task=task)
+            except FailedError as error:
+                (message,) = error.args
+                fields = {key: message[key] for key in ("reason", "message", "field")}
+                self.send("failed", task=task, **fields)
+
+    def prepare(self) -> None:
+        from inflora_core.store import Store
+        from tests.service.mean_colour import make_backbone
+
+        make_backbone(Store.open(self.store))
+        self.send("prepared")
+
+    def learn(self, command: dict[str, Any]) -> None:
+        task, epochs = command["task"], command["settings"]["epochs"]
+        for number, stage in enumerate(STAGES):
+            trains = stage == "TRAINING"
+            self.send(
+                "progress",
+                task=task,
+                stage=stage,
+                fraction=number / len(STAGES),
+                epoch=1 if trains else 0,
+                epochs=epochs if trains else 0,
+                loss=0.5 if trains else 0.0,
+            )
+            self.reach(stage, task)
+        from inflora_core.store import Store
+        from tests.service.mean_colour import publish_task
+
+        store = Store.open(self.store)
+        number = store.version_of_task(task)
+        if number is None:
+            spool = Path(command["spool"])
+            number = publish_task(store, task, spool, command["parent"], command["settings"])
+        self.reach("LEARNED", task)
+        self.send("learned", task=task, version=number)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--script", type=Path, required=True)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    arguments = parser.parse_args()
+    Worker(arguments.store, arguments.script).serve()
+
+
+if __name__ == "__main__":
+    main()
