@@ -23,18 +23,20 @@ class AdaptedQKV(nn.Module):
         reduction: B_t (r, d), kept as a buffer: designed, not trained.
     """
 
-    def __init__(self, qkv: nn.Linear, reduction: Tensor) -> None:
+    reduction: Tensor
+
+    def __init__(self, qkv: nn.Module, reduction: Tensor) -> None:
         super().__init__()
         self.qkv = qkv
-        rows = qkv.out_features // 3 * 2
-        self.register_buffer("reduction", reduction.to(qkv.weight))
-        self.expansion = nn.Parameter(qkv.weight.new_zeros(rows, len(reduction)))
+        weight = qkv.get_parameter("weight")
+        self.register_buffer("reduction", reduction.to(weight))
+        self.expansion = nn.Parameter(weight.new_zeros(len(weight) // 3 * 2, len(reduction)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., 3a)."""
+        frozen: Tensor = self.qkv(x)
         branch = F.linear(F.linear(x, self.reduction), self.expansion)
-        queries = self.qkv.out_features - branch.shape[-1]
-        return self.qkv(x) + F.pad(branch, (queries, 0))
+        return frozen + F.pad(branch, (frozen.shape[-1] - branch.shape[-1], 0))
 
     @property
     def factors(self) -> Factors:
@@ -56,11 +58,11 @@ def adapted(
         reductions: B_t (r, d) by layer name; a layer with r = 0 gets no branch.
     """
     branches = {}
-    frozen = {name: module.qkv for name, module in attention.items()}
+    frozen = {name: module.get_submodule("qkv") for name, module in attention.items()}
     try:
         for name, reduction in reductions.items():
             if len(reduction):
-                branches[name] = AdaptedQKV(frozen[name], reduction)  # type: ignore[arg-type]
+                branches[name] = AdaptedQKV(frozen[name], reduction)
                 attention[name].qkv = branches[name]
         yield branches
     finally:
@@ -69,6 +71,7 @@ def adapted(
 
 
 @torch.no_grad()
-def set_key_value(qkv: nn.Linear, key_value: Tensor) -> None:
+def set_key_value(qkv: nn.Module, key_value: Tensor) -> None:
     """Write merged K and V rows (2a, d) into the fused weight; Q rows stay as they are."""
-    qkv.weight[qkv.out_features - len(key_value) :].copy_(key_value)
+    weight = qkv.get_parameter("weight")
+    weight[len(weight) - len(key_value) :].copy_(key_value)

@@ -311,10 +311,12 @@ def _export(module: nn.Module, backbone: Backbone) -> onnx.ModelProto:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporter says about itself and its libraries."""
+    """Silence what the exporter's libraries say about deprecations in each other, and its log."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:

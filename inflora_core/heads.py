@@ -27,7 +27,7 @@ def random_head(embedding_size: int, classes: int, seed: int) -> nn.Linear:
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """What is kept of the images of all classes: no image, and nothing that grows with their number.
+    """What is kept of the images of all classes: no image, nothing that grows with their number.
 
     Attributes:
         means: (classes, e) mean final features of each class.
@@ -61,7 +61,7 @@ class ClassStatistics:
         return ClassStatistics(
             np.concatenate([self.means, means.float().cpu().numpy()]),
             np.concatenate([self.counts, counts.long().cpu().numpy()]),
-            np.float32(self.scatter + scatter),
+            (self.scatter + scatter).astype(np.float32),
         )
 
 
@@ -85,4 +85,4 @@ def lda_head(statistics: ClassStatistics) -> tuple[Array, Array]:
     centre = means.mean(0)
     weight = np.linalg.solve(covariance + ridge * variance * np.eye(size), (means - centre).T).T
     bias = -0.5 * (weight * (means + centre)).sum(1)
-    return np.float32(weight / TEMPERATURE), np.float32(bias / TEMPERATURE)
+    return (weight / TEMPERATURE).astype(np.float32), (bias / TEMPERATURE).astype(np.float32)

@@ -53,8 +53,8 @@ def learn_task(
 
     Args:
         before: What earlier tasks taught.
-        backbone: The backbone, on the device to learn on. Its K and V weights are scratch space: they
-            are set here, and left as merged.
+        backbone: The backbone, on the device to learn on. Its K and V weights are scratch space:
+            they are set here, and left as merged.
         data: The task's images at model size.
         task: The task's id.
         config: Settings.
@@ -170,9 +170,9 @@ def split(
 def measure(
     backbone: Backbone, images: Images, batch_size: int, tracker: Tracker
 ) -> tuple[Moments, Tensor]:
-    """Pass over ``images`` once: second moments of every layer's input, and final features (n, e)."""
+    """Pass over ``images`` once: second moments of every layer's input, and features (n, e)."""
     features = []
-    with record_moments({name: module.qkv for name, module in backbone.layers.items()}) as moments:
+    with record_moments({name: backbone.qkv(name) for name in backbone.config.layers}) as moments:
         for pixels in images.pixels.split(batch_size):
             features.append(backbone.module(backbone.normalise(pixels)))
             tracker.step(len(features) * batch_size / len(images))
@@ -260,7 +260,7 @@ def threshold_after(task: int, config: LearnConfig) -> float:
 def load_weights(backbone: Backbone, model: ContinualModel) -> None:
     """Set the backbone's K and V weights to the merged ones of ``model``."""
     for name, layer in model.layers.items():
-        set_key_value(backbone.layers[name].qkv, torch.from_numpy(layer.key_value))
+        set_key_value(backbone.qkv(name), torch.from_numpy(layer.key_value))
 
 
 @contextmanager
@@ -295,7 +295,7 @@ def logits_of(model: ContinualModel, features: Tensor) -> Tensor:
 def held_out_accuracies(
     backbone: Backbone, model: ContinualModel, images: Images, batch_size: int
 ) -> tuple[float | None, float | None]:
-    """Return accuracy with the task known, and among all classes; None where nothing is held out."""
+    """Return accuracy with the task known, and among all classes; None without images."""
     if len(images) == 0:
         return None, None
     logits = torch.cat(
@@ -341,8 +341,8 @@ def warnings_about(data: LabelledImages, reductions: Mapping[str, Tensor]) -> It
     """Yield what the owner of the task should know."""
     if len(data.names) == 1:
         yield (
-            "The task has one class only. A softmax over one class has no gradient, so the backbone "
-            "was not adapted; the class is told apart by its mean features."
+            "The task has one class only. A softmax over one class has no gradient, so the "
+            "backbone was not adapted; the class is told apart by the statistics of its features."
         )
     full = [name for name, reduction in reductions.items() if len(reduction) == 0]
     if full:
@@ -352,4 +352,3 @@ def warnings_about(data: LabelledImages, reductions: Mapping[str, Tensor]) -> It
 def share_equal(left: Tensor, right: Tensor) -> float:
     """Return the share of positions at which both (n,) tensors agree."""
     return float((left == right).double().mean())
-

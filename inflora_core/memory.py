@@ -53,7 +53,7 @@ class GradientMemory:
 
     @property
     def free(self) -> int:
-        """d - k."""
+        """D - k."""
         return self.basis.shape[1] - self.protected
 
     def reject(self, rows: Tensor) -> Tensor:

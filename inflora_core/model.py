@@ -303,7 +303,7 @@ class Preprocessing:
 
 @dataclass
 class LabelledImages:
-    """A task's decoded images: ``images`` (n, S, S', 3) uint8, ``labels`` (n,) int64 in ``names``."""
+    """Images at model size: ``images`` (n, S, S', 3) uint8, ``labels`` (n,) int64 in ``names``."""
 
     images: Array
     labels: Array
@@ -317,4 +317,3 @@ class LabelledImages:
 def now() -> datetime:
     """Return the present time in UTC, to the microsecond, as records keep it."""
     return datetime.now(UTC)
-

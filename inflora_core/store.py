@@ -261,17 +261,16 @@ class Store:
         start = self.initial_model(self.backbone())
         if number is None:
             return start
-        lineage, ancestor = [], number
-        while ancestor is not None:
-            lineage.append(self.version(ancestor))
-            ancestor = lineage[-1].parent  # type: ignore[assignment]
+        lineage = [self.version(number)]
+        while (parent := lineage[-1].parent) is not None:
+            lineage.append(self.version(parent))
         merged = {name: layer.key_value for name, layer in start.layers.items()}
         for version in reversed(lineage):
             factors = self._tensors(version, "factors.safetensors")
-            for name in merged:
+            for name, key_value in merged.items():
                 if f"{name}.expansion" in factors:
                     pair = Factors(factors[f"{name}.expansion"], factors[f"{name}.reduction"])
-                    merged[name] = merge(merged[name], pair)
+                    merged[name] = merge(key_value, pair)
         newest = lineage[0]
         memory, head = (
             self._tensors(newest, "memory.safetensors"),

@@ -20,8 +20,8 @@ FirstTask = Literal["reach", "one-fewer"]
 def gram(moment: Tensor, criterion: Criterion) -> Tensor:
     """Return G, (d, d), for the second moment C, (d, d).
 
-    With "code", a direction's energy is its squared singular value in C, that is the fourth power of
-    the one in the inputs themselves: the published thresholds only make sense with it.
+    With "code", a direction's energy is its squared singular value in C, that is the fourth power
+    of the one in the inputs themselves: the published thresholds only make sense with it.
     """
     return moment @ moment if criterion == "code" else moment
 
@@ -108,12 +108,13 @@ def extend_basis(
 
 
 def orthonormalise(basis: Tensor) -> Tensor:
-    """Return the orthonormal matrix (d, d) whose leading k columns span those of ``basis``, all k.
+    """Return the orthonormal matrix (d, d) whose leading columns span those of ``basis``.
 
-    Takes away the rounding of storage in float32. Signs of columns are kept.
+    For every number of leading columns; signs are kept. Takes away the rounding of float32.
     """
     q, r = torch.linalg.qr(basis)
-    return q * r.diagonal().sign()
+    result: Tensor = q * r.diagonal().sign()
+    return result
 
 
 def leak(update: Tensor, basis: Tensor, protected: int) -> float:
@@ -127,8 +128,8 @@ def leak(update: Tensor, basis: Tensor, protected: int) -> float:
 def interference(update: Tensor, old_moment: Tensor) -> float:
     """Return norm(dW C_old^(1/2)) / (norm(dW) lambda_max(C_old)^(1/2)), 0 to 1.
 
-    How much the update moves what old tasks' inputs are mapped to, relative to the most an update of
-    this size could. Not 0 by construction: M holds most of the energy, never all.
+    How much the update moves what old tasks' inputs are mapped to, relative to the most an update
+    of this size could. Not 0 by construction: M holds most of the energy, never all.
 
     Args:
         update: dW (rows, d).
@@ -148,10 +149,10 @@ def threshold_at(
 ) -> float:
     """Return eps_t, the share of energy that is protected after task t (0-based).
 
-    With ``expected_tasks`` T it is the published ``first + (last - first) t / T``. Without, it rises
-    towards ``limit`` the slower the nearer it comes, half of the way at t = 10. It never exceeds
-    ``limit`` < 1, also when more tasks come than were expected: at 1 nothing would be left for later
-    tasks to learn with.
+    With ``expected_tasks`` T it is the published ``first + (last - first) t / T``. Without, it
+    rises towards ``limit`` the slower the nearer it comes, half of the way at t = 10. It never
+    exceeds ``limit`` < 1, also when more tasks come than were expected: at 1 nothing would be left
+    for later tasks to learn with.
     """
     if expected_tasks is not None:
         return min(limit, first + (last - first) * task / expected_tasks)

@@ -15,8 +15,8 @@ Commands come as JSON lines on standard input, events leave as JSON lines on sta
     {"event": "failed", "task": "..." or null, "reason": "...", "message": "...", "field": "..."}
     {"event": "cancelled", "task": "..."}
 
-The end of standard input means that the server is gone; the worker ends at once. It can be killed at
-any moment: a version is in the store whole or not at all.
+The end of standard input means that the server is gone; the worker ends at once. It can be killed
+at any moment: a version is in the store whole or not at all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -118,7 +118,8 @@ class Worker:
         """Return the task's images at model size, and the first few as they came."""
         examples = list(read_spool(spool))
         names = tuple(dict.fromkeys(label for _, label in examples))
-        limits, originals = Limits(), []
+        limits = Limits()
+        originals: list[Array] = []
 
         def bring_to_size(image: bytes) -> tuple[Array, Array]:
             original = decode(image, limits)
@@ -182,10 +183,7 @@ def serve(worker: Worker, channel: Channel) -> None:
                 worker.prepare(command["backbone"], command["architecture"])
                 channel.send("prepared")
             else:
-                config = LearnConfig.model_validate(command["settings"])
-                tracker = Tracker(config.epochs, lambda step, task=task: channel.report(task, step))
-                spool = Path(command["spool"])
-                number = worker.learn(task, spool, config, command["parent"], tracker)
+                number = learn(worker, channel, command)
                 channel.send("learned", task=task, version=number)
         except CancelledError:
             channel.send("cancelled", task=task)
@@ -199,10 +197,16 @@ def serve(worker: Worker, channel: Channel) -> None:
             _fail(channel, task, InfloraError(f"{type(error).__name__}: {error}"))
 
 
+def learn(worker: Worker, channel: Channel, command: Mapping[str, Any]) -> int:
+    """Carry out one "learn" command; return the number of the new version."""
+    task: str = command["task"]
+    config = LearnConfig.model_validate(command["settings"])
+    tracker = Tracker(config.epochs, lambda progress: channel.report(task, progress))
+    return worker.learn(task, Path(command["spool"]), config, command["parent"], tracker)
+
+
 def _fail(channel: Channel, task: str | None, error: InfloraError) -> None:
-    channel.send(
-        "failed", task=task, reason=error.reason, message=error.message, field=error.field
-    )
+    channel.send("failed", task=task, reason=error.reason, message=error.message, field=error.field)
 
 
 def main() -> None:

@@ -34,7 +34,10 @@ class StatusError(InfloraClientError):
         self.failure = failure
 
     def __str__(self) -> str:
-        fields = "; ".join(f"{v.field}: {v.description}" for v in self.field_violations)
+        fields = "; ".join(
+            v.field if v.description == self.message else f"{v.field}: {v.description}"
+            for v in self.field_violations
+        )
         return f"{self.message} ({fields})" if fields else self.message
 
     @property

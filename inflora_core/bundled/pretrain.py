@@ -5,7 +5,8 @@
 Two losses share one pass: cross-entropy on the labelled base classes, and a cosine distillation
 of a teacher's final features (Heo et al. 2019, "A Comprehensive Overhaul of Feature
 Distillation", in its simplest form: a linear projector and the cosine). The teacher sees each
-image once; its features are kept on disk, so that an epoch costs only the student. The script continues from its last finished epoch when it is started again.
+image once; its features are kept on disk, so that an epoch costs only the student. The script
+continues from its last finished epoch when it is started again.
 
 ``DATA.npz`` holds ``train_bytes`` (uint8, all encoded images end to end), ``train_offset``
 (int64, n + 1 positions) and ``train_label`` (int64, n).
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import os
@@ -60,7 +62,7 @@ def read_images(data: Path, split: str) -> tuple[Tensor, Tensor]:
         labels = archive[f"{split}_label"].astype(np.int64)
     images = [
         np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB"))
-        for a, b in zip(offset[:-1], offset[1:], strict=True)
+        for a, b in itertools.pairwise(offset)
     ]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
         labels
@@ -138,17 +140,15 @@ def pretrain(
     images, labels = read_images(data, "train")
     classes = int(labels.max()) + 1
 
-    teacher = timm.create_model(TEACHER_ARCHITECTURE, num_classes=1000)
-    teacher.load_state_dict(
-        {k: v.float() for k, v in load_file(teacher_file).items()}, strict=True
-    )
+    teacher: Any = timm.create_model(TEACHER_ARCHITECTURE, num_classes=1000)
+    teacher.load_state_dict({k: v.float() for k, v in load_file(teacher_file).items()}, strict=True)
     teacher.reset_classifier(0)
     targets = teacher_features(teacher.eval(), images, work / "teacher.safetensors")
 
     torch.manual_seed(seed)
-    student = timm.create_model(ARCHITECTURE, drop_path_rate=0.05, **MODEL_ARGS)
-    head = nn.Linear(student.num_features, classes)
-    projector = nn.Linear(student.num_features, targets.shape[-1])
+    student: nn.Module = timm.create_model(ARCHITECTURE, drop_path_rate=0.05, **MODEL_ARGS)
+    width = int(MODEL_ARGS["embed_dim"])
+    head, projector = nn.Linear(width, classes), nn.Linear(width, targets.shape[-1])
     trained = nn.ModuleDict({"student": student, "head": head, "projector": projector})
     decay = [p for p in trained.parameters() if p.ndim > 1]
     other = [p for p in trained.parameters() if p.ndim <= 1]

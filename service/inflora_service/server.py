@@ -90,11 +90,14 @@ class Server:
     """A server, from ``start`` to ``stop``.
 
     Attributes:
-        address: Where it listens, ``host:port``; "" before ``start``.
+        address: Where it listens, ``host:port``. Set by ``start``.
+        tasks: Its queue. Set by ``start``.
     """
 
+    address: str
+    tasks: TaskQueue
+
     def __init__(self, settings: Settings) -> None:
-        self.address = ""
         self._settings = settings
         self._health = health_aio.HealthServicer()
         self._health_changes: set[asyncio.Task[None]] = set()
@@ -138,6 +141,7 @@ class Server:
             on_health=lambda healthy: self._set_health(LEARNER, healthy),
         )
         tasks = TaskQueue(store, records, host, learner, settings.learn, settings.limits)
+        self.tasks = tasks
         undo.callback(tasks.close)
         undo.push_async_callback(server.stop, settings.drain_seconds)
         learner.start()

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.stream --data FILE.npz --backbone FILE.safetensors --tasks 5
 
 Prints the accuracy of every task after every task, and one JSON object as its last line. The raw
-answers are written to ``build/stream``, from which the figures are recomputed before they are shown.
+answers are written to ``build/stream``; the figures are computed from that file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +151,8 @@ def learn(client: Client, task: streams.TaskData, title: str, console: Console) 
     with Progress(*columns, console=console) as bar:
         row = bar.add_task(f"{title}: {', '.join(task.labels[:3])}", total=1.0, stage="", loss=0.0)
         for now in client.watch(accepted):
-            bar.update(row, completed=now.fraction_done, stage=now.stage.value, loss=now.loss)
+            doing = now.state.value if now.ended else now.stage.value
+            bar.update(row, completed=now.fraction_done, stage=doing, loss=now.loss)
     return client.wait(accepted)
 
 
@@ -240,7 +241,7 @@ def compare_with_file(
 
 
 def frozen_class_means(server: RunningServer, tasks: list[streams.TaskData]) -> dict[str, Any]:
-    """Answer with nearest class means on the frozen backbone: what learning must not fall behind."""
+    """Answer with nearest class means on the frozen backbone: what learning must not spoil."""
     store = Store.open(server.store)
     stored = store.backbone()
     blank = store.initial_model(stored)
@@ -276,9 +277,7 @@ def frozen_class_means(server: RunningServer, tasks: list[streams.TaskData]) -> 
 def summarise(raw: dict[str, Any]) -> dict[str, Any]:
     """Compute every figure from the raw answers. Accuracies are means over images."""
     truth, tasks = raw["truth"], raw["tasks"]
-    matrix = [
-        [share(answer, truth[i]) for i, answer in enumerate(row)] for row in raw["answers"]
-    ]
+    matrix = [[share(answer, truth[i]) for i, answer in enumerate(row)] for row in raw["answers"]]
     seen = [
         share([x for part in row for x in part], [x for part in truth[: len(row)] for x in part])
         for row in raw["answers"]
@@ -317,10 +316,8 @@ def share(answers: Sequence[str], truth: Sequence[str]) -> float:
 
 
 def forgetting(matrix: list[list[float]]) -> float:
-    """Return the mean over older tasks of the best accuracy ever less the final one (points of 1)."""
-    losses = [
-        max(row[j] for row in matrix[j:]) - matrix[-1][j] for j in range(len(matrix) - 1)
-    ]
+    """Return the mean over older tasks of the best accuracy ever less the final one."""
+    losses = [max(row[j] for row in matrix[j:]) - matrix[-1][j] for j in range(len(matrix) - 1)]
     return float(np.mean(losses)) if losses else 0.0
 
 
@@ -334,9 +331,8 @@ def show_matrix(console: Console, summary: dict[str, Any], titles: list[str]) ->
 
 def commit() -> str:
     """Return the commit that runs, with ``+`` if the tree differs from it."""
-    run: Callable[..., Any] = subprocess.run
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    result = run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 
 

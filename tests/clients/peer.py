@@ -61,6 +61,7 @@ class Peer:
         content: What an artifact holds.
         breaks: After how many further bytes the next downloads break off.
         attached: Set once a watch is attached.
+        upload_begun: Set once an upload has reached the server.
         upload_ended: Set once an upload has ended, whichever way.
         release: A ``Predict`` for the version 99 waits for it.
     """
@@ -78,6 +79,7 @@ class Peer:
         self.breaks: deque[int] = deque()
         self.current = 0
         self.attached = threading.Event()
+        self.upload_begun = threading.Event()
         self.upload_ended = threading.Event()
         self.release = threading.Event()
         self._server = grpc.server(
@@ -159,6 +161,7 @@ class Learner(learner_grpc.LearnerServiceServicer):
         self, requests: Iterator[learner.LearnTaskRequest], context: grpc.ServicerContext
     ) -> learner.LearnTaskResponse:
         context.add_callback(self.peer.upload_ended.set)
+        self.peer.upload_begun.set()
         messages = [next(requests)]
         self.peer.arrive("LearnTask", messages, context)
         for message in requests:

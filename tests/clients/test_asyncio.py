@@ -51,6 +51,7 @@ async def test_an_upload_can_be_cancelled(peer: Peer) -> None:
 
     async def examples() -> AsyncIterator[tuple[bytes, str]]:
         yield bytes(600_000), "a"
+        assert await asyncio.to_thread(peer.upload_begun.wait, 10)
         waiting.set()
         await asyncio.Event().wait()
 

@@ -372,6 +372,12 @@ class TestErrors:
         )
         assert str(error) == "no (images[3]: is empty; top_k: is negative)"
 
+    def test_a_message_is_not_said_twice(self, client: Client, peer: Peer) -> None:
+        peer.failures["GetTask"].append(status("INVALID_ARGUMENT", "no", fields={"name": "no"}))
+        with pytest.raises(InvalidArgumentError) as caught:
+            client.task("t1")
+        assert str(caught.value) == "no (name)"
+
     def test_a_status_without_details(self, client: Client, peer: Peer) -> None:
         bare = status("INVALID_ARGUMENT", "no")
         bare.ClearField("details")

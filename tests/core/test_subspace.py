@@ -174,9 +174,7 @@ def test_with_nothing_free_the_memory_stays_as_it_is() -> None:
 def test_the_threshold_rises_but_never_protects_everything(
     task: int, first: float, expected: int | None
 ) -> None:
-    now, later = (
-        subspace.threshold_at(t, first, 1.0, 0.9999, expected) for t in (task, task + 1)
-    )
+    now, later = (subspace.threshold_at(t, first, 1.0, 0.9999, expected) for t in (task, task + 1))
     assert first <= now <= later <= 0.9999 < 1
 
 

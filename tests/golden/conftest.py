@@ -1,4 +1,4 @@
-"""Numbers recorded from the published code, in ``../shared/golden``; their README names every array."""
+"""Numbers recorded from the published code; the README beside them names every array."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 def load(name: str) -> Mapping[str, Any]:
     path = GOLDEN / name
     if not path.exists():
-        pytest.skip("the golden numbers (shared/golden beside the checkout) are not on this machine")
+        pytest.skip(
+            "the golden numbers (shared/golden beside the checkout) are not on this machine"
+        )
     with np.load(path) as archive:
         return {key: archive[key] for key in archive.files}
 

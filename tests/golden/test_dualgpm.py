@@ -43,9 +43,7 @@ def projector(basis: torch.Tensor, protected: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("name", "first_task"), [("exact", "one-fewer"), ("minimal", "reach")]
-)
+@pytest.mark.parametrize(("name", "first_task"), [("exact", "one-fewer"), ("minimal", "reach")])
 def test_against_exact(
     dualgpm: Mapping[str, Any], case: str, name: str, first_task: subspace.FirstTask
 ) -> None:

@@ -127,6 +127,10 @@ class Script:
         self._held.discard(point)
         self._waiting.pop(point)(answer or {"do": "go"})
 
+    def pass_from_now_on(self, point: str) -> None:
+        """Hold no worker at ``point`` any more, but leave the one that waits there."""
+        self._held.discard(point)
+
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Kill the worker, wherever it is."""
         self._waiting.clear()

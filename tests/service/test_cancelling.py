@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 
@@ -87,7 +88,12 @@ async def test_a_worker_that_dies_of_it(running: Running, script: Script) -> Non
     script.hold("TRAINING")
     task = await running.learn({"a": [png()]})
     await script.reached("TRAINING")
-    script.kill(script.STOP)  # it cannot hear
-    cancelling = asyncio.ensure_future(cancel(running, task.name))
-    script.kill()
-    assert (await cancelling).state in (pb.TASK_STATE_CANCELLED, pb.TASK_STATE_FAILED)
+    script.pass_from_now_on("TRAINING")
+    script.kill(signal.SIGSTOP)  # it cannot hear
+    cancelling = asyncio.create_task(running.server.tasks.cancel(task.name.split("/")[-1]))
+    await asyncio.sleep(0)  # the worker is told
+    script.kill(signal.SIGKILL)
+    assert (await cancelling).task.state == "CANCELLED"
+    assert (await running.get(task.name)).state == pb.TASK_STATE_CANCELLED
+    again = await running.learn({"a": [png()]})
+    assert (await running.ended(again.name)).state == pb.TASK_STATE_PUBLISHED

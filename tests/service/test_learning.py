@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import pytest
 
 from inflora.v1 import learner_service_pb2 as learner_pb
@@ -62,7 +64,7 @@ async def test_tasks_are_learned_one_after_the_other(running: Running, script: S
     assert [task.version for task in ended] == [f"models/default/versions/{n}" for n in (1, 2, 3)]
     began = [task for point, task in script.visits if point == "DECODING"]
     assert began == [task.name.split("/")[-1] for task in tasks]
-    for earlier, later in zip(ended, ended[1:], strict=False):
+    for earlier, later in itertools.pairwise(ended):
         assert earlier.end_time.ToNanoseconds() <= later.start_time.ToNanoseconds()
 
 
@@ -203,7 +205,8 @@ async def test_a_watcher_sees_every_state_to_the_end(running: Running, script: S
             if response.task.stage == pb.TaskStage.Value(f"TASK_STAGE_{stage}"):
                 break
         script.release(stage)
-    seen += [response.task async for response in stream]
+    while (response := await stream.read()) is not grpc.aio.EOF:
+        seen.append(response.task)
 
     states = list(dict.fromkeys(task.state for task in seen))
     assert states[-2:] == [pb.TASK_STATE_LEARNING, pb.TASK_STATE_PUBLISHED]

@@ -137,12 +137,11 @@ def learn(
     }
     with session.client() as client:
         task = learning.upload(client, found.examples, options)
-        if not detach:
-            learning.follow(session, client, task.id)
-        elif session.as_json:
-            session.show([task], "")
+        if detach:
+            state = f"task {task.id} is {task.state.lower()}"
+            session.show([task], f"{state}; {learning.how_to_go_on(task.id)}")
         else:
-            typer.echo(f"task {task.id} is {task.state.lower()}; {learning.how_to_go_on(task.id)}")
+            learning.follow(session, client, task.id)
 
 
 @app.command()

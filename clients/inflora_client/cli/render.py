@@ -160,7 +160,8 @@ def _table(
 ) -> Table:
     table = Table(box=None, pad_edge=False, show_header=header)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        # Ids are copied from here into the next command, so they are never broken in two.
+        table.add_column(column, overflow="fold", no_wrap=column == "task")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: a label is not markup
     return table

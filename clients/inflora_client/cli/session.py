@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console
+from rich.table import Table
 
 from inflora_client import (
     Client,
@@ -80,14 +81,16 @@ class Session:
         except OSError as error:
             fail(str(error), EXIT_USAGE)
 
-    def show(self, results: Iterable[DataclassInstance], table: RenderableType) -> None:
-        """Print results, as JSON lines or as the table made of them."""
+    def show(self, results: Iterable[DataclassInstance], view: Table | str) -> None:
+        """Print results, as JSON lines or as the view that was made of them."""
         if self.as_json:
             for result in results:  # times become ISO 8601, paths text
                 line = json.dumps(dataclasses.asdict(result), ensure_ascii=False, default=str)
                 typer.echo(line)
+        elif isinstance(view, str):
+            typer.echo(view)  # a console would wrap it, and take [brackets] in paths for markup
         else:
-            Console().print(table)
+            Console().print(view)
 
 
 def note(message: str) -> None:

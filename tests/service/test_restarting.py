@@ -1,0 +1,240 @@
+"""A server stops or is killed: what was acknowledged is taken up by the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from inflora.v1 import learner_service_pb2 as learner_pb
+from inflora.v1 import model_service_pb2 as model_pb
+from inflora.v1 import predictor_service_pb2 as predictor_pb
+from inflora.v1 import task_pb2 as pb
+from inflora_core.errors import (
+    DamagedError,
+    StateError,
+    StoreFormatError,
+    UnavailableError,
+)
+from inflora_core.store import Store
+from inflora_service import store_lock
+from inflora_service.server import Settings
+from tests.service.conftest import GREEN, RED, Running, Script, fails, png, upload
+from tests.service.test_bad_input import publish
+
+
+async def test_tasks_that_have_not_ended_are_taken_up_in_their_order(
+    start: Callable[..., Any], script: Script
+) -> None:
+    running = await start()
+    script.hold("TRAINING")
+    tasks = [await running.learn({label: [png()]}, request_id=label) for label in "abc"]
+    await script.reached("TRAINING")
+    assert (await running.get(tasks[0].name)).state == pb.TASK_STATE_LEARNING
+    await running.server.stop()
+    script.pass_from_now_on("TRAINING")
+
+    running = await start()
+    again = await running.learn({"b": [png()]}, request_id="b")
+    assert again.name == tasks[1].name
+    ended = [await running.ended(task.name) for task in tasks]
+    assert [task.version for task in ended] == [f"models/default/versions/{n}" for n in (1, 2, 3)]
+    assert not list((running.settings.store / "spool").iterdir())
+
+
+async def test_a_version_that_was_durable_already_is_published_not_learned_again(
+    start: Callable[..., Any], script: Script
+) -> None:
+    running = await start()
+    script.hold("LEARNED")
+    task = await running.learn({"a": [png()]})
+    await script.reached("LEARNED")
+    await running.server.stop()
+    assert running.store.current() is None
+    visits = len(script.visits)
+
+    script.hold("START")  # it needs no worker
+    running = await start()
+    ended = await running.ended(task.name)
+    assert ended.state == pb.TASK_STATE_PUBLISHED
+    assert ended.version == "models/default/versions/1"
+    assert running.store.numbers() == [1]
+    assert not [visit for visit in script.visits[visits:] if visit[0] != "START"]
+
+
+async def test_ended_tasks_stay_ended(start: Callable[..., Any], script: Script) -> None:
+    running = await start()
+    script.then("MERGING", do="fail", reason="PARITY", message="they differ", field="")
+    tasks = [await running.learn({label: [png()]}) for label in "ab"]
+    ended = [await running.ended(task.name) for task in tasks]
+    await running.server.stop()
+    running = await start()
+    for task in ended:
+        found = await running.get(task.name)
+        found.fraction_done = task.fraction_done  # how far a failed task came is not kept
+        assert found.state == task.state
+        assert found.report == task.report
+        assert found.error == task.error
+    answer = await running.predictor.Predict(predictor_pb.PredictRequest(images=[png()]))
+    assert answer.version == ended[1].version
+
+
+async def test_what_nobody_was_told_of_is_removed(
+    start: Callable[..., Any], settings: Settings
+) -> None:
+    orphan = settings.store / "spool" / "20260101-000000-00000000"
+    orphan.mkdir(parents=True)
+    (orphan / "images.bin").write_bytes(b"half an upl")
+    running = await start()
+    assert not orphan.exists()
+    await running.learn({"a": [png()]})
+
+
+async def test_a_task_whose_spool_is_lost_fails_and_the_next_goes_on(
+    start: Callable[..., Any], script: Script
+) -> None:
+    running = await start()
+    script.hold("DECODING")
+    tasks = [await running.learn({label: [png()]}) for label in "ab"]
+    await script.reached("DECODING")
+    await running.server.stop()
+    spool = running.settings.store / "spool" / tasks[0].name.split("/")[-1]
+    (spool / "images.bin").unlink()
+    script.pass_from_now_on("DECODING")
+    running = await start()
+    ended = [await running.ended(task.name) for task in tasks]
+    assert [task.state for task in ended] == [pb.TASK_STATE_FAILED, pb.TASK_STATE_PUBLISHED]
+
+
+# -- draining -----------------------------------------------------------------------------------
+
+
+async def test_watchers_are_sent_away_and_uploads_are_finished(
+    start: Callable[..., Any], script: Script
+) -> None:
+    running = await start()
+    script.hold("TRAINING")
+    task = await running.learn({"a": [png()]})
+    await script.reached("TRAINING")
+    watching = running.learner.WatchTask(learner_pb.WatchTaskRequest(name=task.name))
+    await watching.read()
+    cancelling = running.learner.CancelTask(learner_pb.CancelTaskRequest(name=task.name))
+    uploading = running.learner.LearnTask()
+    spec, examples = upload({"b": [png()]})
+    await uploading.write(spec)
+    await uploading.write(examples)
+    await running.get(task.name)  # what was sent before has arrived
+    health = running.health.Watch(
+        health_pb2.HealthCheckRequest(service="inflora.v1.LearnerService")
+    )
+    assert (await health.read()).status == health_pb2.HealthCheckResponse.SERVING
+
+    stopping = asyncio.create_task(running.server.stop())
+    assert (await health.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    health.cancel()
+    with fails("UNAVAILABLE", "UNAVAILABLE"):
+        while True:
+            await watching.read()
+    await uploading.done_writing()
+    accepted = (await uploading).task
+    await stopping
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cancelling
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    script.pass_from_now_on("TRAINING")
+    running = await start()
+    for name in (task.name, accepted.name):
+        assert (await running.ended(name)).state == pb.TASK_STATE_PUBLISHED
+
+
+# -- starts that must fail, and say why ---------------------------------------------------------
+
+
+async def test_a_port_in_use(start: Callable[..., Any], settings: Settings, tmp_path: Path) -> None:
+    running = await start()
+    port = int(running.server.address.rpartition(":")[2])
+    with pytest.raises(UnavailableError, match=str(port)):
+        await start(store=tmp_path / "other", port=port)
+    assert await running.serving() == "SERVING"
+
+
+async def test_a_store_in_use(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_lock, "PATIENCE_SECONDS", 0.0)
+    running = await start()
+    with pytest.raises(UnavailableError, match="another server"):
+        await start()
+    assert await running.serving() == "SERVING"
+    await running.server.stop()
+    await start()
+
+
+async def test_a_store_of_a_newer_release(start: Callable[..., Any], settings: Settings) -> None:
+    marker = settings.store / "FORMAT"
+    marker.write_text(json.dumps({"format": 99}))
+    with pytest.raises(StoreFormatError, match="99"):
+        await start()
+
+
+async def test_damaged_records(start: Callable[..., Any], settings: Settings) -> None:
+    (settings.store / "tasks.sqlite").write_bytes(b"this is no database" * 1000)
+    with pytest.raises(DamagedError, match="tasks.sqlite"):
+        await start()
+
+
+async def test_a_damaged_backbone(start: Callable[..., Any], settings: Settings) -> None:
+    (path,) = settings.store.glob("backbones/*/weights.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(DamagedError, match="weights.safetensors"):
+        await start()
+
+
+async def test_another_backbone_than_the_store_s(
+    start: Callable[..., Any], script: Script, tmp_path: Path
+) -> None:
+    file, moved, other = (tmp_path / name for name in ("a.bin", "moved.bin", "other.bin"))
+    file.write_bytes(b"weights")
+    moved.write_bytes(b"weights")
+    other.write_bytes(b"other weights")
+    store = tmp_path / "new"
+    for backbone in (str(file), str(moved), None):
+        running = await start(store=store, backbone=backbone)
+        await running.server.stop()
+    for backbone in (str(other), "bundled"):
+        with pytest.raises(StateError, match=r"a\.bin"):
+            await start(store=store, backbone=backbone)
+
+
+# -- a damaged version --------------------------------------------------------------------------
+
+
+async def test_with_a_damaged_current_version_another_can_be_promoted(
+    start: Callable[..., Any], settings: Settings
+) -> None:
+    publish(settings.store, red=RED)
+    number = publish(settings.store, green=GREEN)
+    path = Store.open(settings.store).path(number, "model.onnx")
+    path.write_bytes(path.read_bytes()[:-1])
+    running: Running = await start()
+    assert await running.serving("inflora.v1.PredictorService") == "NOT_SERVING"
+    request = predictor_pb.PredictRequest(images=[png()])
+    with fails("DATA_LOSS", "DAMAGED"):
+        await running.predictor.Predict(request)
+    with fails("DATA_LOSS", "DAMAGED"):
+        await running.learn({"blue": [png()]})
+
+    promote = model_pb.PromoteVersionRequest(name="models/default/versions/1")
+    await running.model.PromoteVersion(promote)
+    assert await running.serving("inflora.v1.PredictorService") == "SERVING"
+    assert (await running.predictor.Predict(request)).version == promote.name
+    with fails("DATA_LOSS", "DAMAGED"):
+        await running.model.PromoteVersion(
+            model_pb.PromoteVersionRequest(name="models/default/versions/2")
+        )
+    assert (await running.predictor.Predict(request)).version == promote.name
