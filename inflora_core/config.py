@@ -102,10 +102,14 @@ class Limits(BaseModel):
 
     image_bytes: int = Field(20 * 2**20, ge=1)
     """Encoded size of one image."""
-    image_pixels: int = Field(64_000_000, ge=1)
-    """Width x height, read from the header before anything is decoded."""
+    image_pixels: int = Field(64_000_000, ge=1, le=178_956_970)
+    """Width x height, read from the header before anything is decoded. Pillow reads no more than
+    the highest value."""
     image_side_min: int = Field(2, ge=1)
     """Pixels of the shorter side."""
+    image_aspect: int = Field(100, ge=1)
+    """Longest side over shortest. Models resize the shorter side to theirs: a 2 x 60000 image of
+    a few hundred bytes would become 224 x 6.7 million float pixels on the way."""
     message_bytes: int = Field(32 * 2**20, ge=1024)
     """One gRPC message."""
     predict_images: int = Field(256, ge=1)

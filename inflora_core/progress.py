@@ -55,12 +55,13 @@ class Tracker:
             self._stage = None
 
     def step(self, share: float) -> None:
-        """Report that ``share`` (0 to 1) of the running stage is done."""
+        """Report that ``share`` of the running stage is done; more than 1 counts as 1."""
         if self._on_progress is None or self._stage is None:
             return
         stages = list(self._weights)
         done = sum(self._weights[stage] for stage in stages[: stages.index(self._stage)])
-        done += share * self._weights[self._stage]
+        # Where the last batch is not full, counting batches comes to more than there is.
+        done += min(share, 1.0) * self._weights[self._stage]
         recent = self.losses[-1] if self.losses else []
         self._on_progress(
             Progress(

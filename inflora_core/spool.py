@@ -5,6 +5,7 @@ A spool is a folder of two files:
     images.bin       the encoded images, end to end
     examples.jsonl   one line for each image, in order:
                      {"label": "cat", "offset": 0, "size": 4711, "sha256": "..."}
+                     and a last one that seals them: {"examples": 80, "sha256": "..."}
 """
 
 from __future__ import annotations
@@ -84,13 +85,15 @@ class SpoolWriter:
         line = json.dumps(row, ensure_ascii=False)
         self._images.write(image)
         self._index.write(line + "\n")
-        self._digest.update(json.dumps([label, sha256]).encode())
+        _extend(self._digest, label, sha256)
         self._counts[label] = self._counts.get(label, 0) + 1
         self.count += 1
         self.size += len(image)
 
     def finish(self) -> SpoolSummary:
-        """Flush everything to the disk; from now on a power cut loses nothing."""
+        """Seal the spool and flush it to the disk; from now on a power cut loses nothing."""
+        seal = {"examples": self.count, "sha256": self._digest.hexdigest()}
+        self._index.write(json.dumps(seal) + "\n")
         for file in (self._images, self._index):
             file.flush()
             os.fsync(file.fileno())
@@ -109,9 +112,13 @@ class SpoolWriter:
 def read_spool(folder: Path) -> Iterator[tuple[bytes, str]]:
     """Yield (encoded image, label) in order.
 
+    Labels are vouched for by the seal, so only after the last example.
+
     Raises:
-        DamagedError: a file is missing, cut short, or an image does not have its checksum.
+        DamagedError: a file is missing or cut short, an image does not have its checksum, or the
+            examples are not those that were written.
     """
+    digest, count, sealed = hashlib.sha256(), 0, False
     try:
         with (
             (folder / "images.bin").open("rb") as images,
@@ -119,9 +126,24 @@ def read_spool(folder: Path) -> Iterator[tuple[bytes, str]]:
         ):
             for line in index:
                 row = json.loads(line)
+                if sealed:
+                    raise DamagedError(f"the spool {folder} goes on after its end")
+                if "examples" in row:
+                    sealed = row == {"examples": count, "sha256": digest.hexdigest()}
+                    if not sealed or images.read(1):
+                        raise DamagedError(f"the spool {folder} does not have its checksum")
+                    continue
                 image = images.read(row["size"])
                 if hashlib.sha256(image).hexdigest() != row["sha256"]:
-                    raise DamagedError(f"an image in {folder} does not have its checksum")
+                    raise DamagedError(f"an image in the spool {folder} has not its checksum")
+                _extend(digest, row["label"], row["sha256"])
+                count += 1
                 yield image, row["label"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedError(f"the spool {folder} cannot be read: {error}") from error
+    if not sealed:
+        raise DamagedError(f"the spool {folder} is cut short")
+
+
+def _extend(digest: hashlib._Hash, label: str, sha256: str) -> None:
+    digest.update(json.dumps([label, sha256]).encode())

@@ -5,6 +5,7 @@
         weights.safetensors              float32; its metadata holds the configuration
         template.onnx                    the graph that every version's file is made from
         manifest.json                    size and sha256 of both
+        manifest.sha256                  of manifest.json, as sha256sum writes it
     models/default/
         backbone                         sha256 of the backbone in use
         CURRENT                          number of the current version
@@ -14,6 +15,7 @@
             memory.safetensors           Q, k and C_old of every layer
             model.onnx                   derived: template + merged weights + head
             manifest.json                a ``Version``: parent, task, classes, report, sha256s
+            manifest.sha256
     drafts/                              what is being written; emptied when a learner opens it
 
 Everything is written to ``drafts``, flushed to the disk, and renamed into its place, so that a
@@ -61,6 +63,9 @@ FORMAT = 1
 MODEL = "default"
 ONNX_FILE = "model.onnx"
 
+_MANIFEST = "manifest.json"
+_MANIFEST_SUM = "manifest.sha256"
+_FORMAT_DRAFT = ".FORMAT."
 _VERSION = TypeAdapter(Version)
 _CONFIG = TypeAdapter(BackboneConfig)
 _FILES = TypeAdapter(tuple[FileEntry, ...])
@@ -99,13 +104,13 @@ class Store:
             raise InvalidInputError(f"{path} is not a folder", field="store")
         marker = path / "FORMAT"
         if not marker.exists():
-            if path.is_dir() and any(entry.name != "lost+found" for entry in path.iterdir()):
+            if path.is_dir() and not all(_may_be_in_new_store(name) for name in path.iterdir()):
                 raise InvalidInputError(
                     f"{path} has no FORMAT file, so it is not a store, and it is not empty",
                     field="store",
                 )
             path.mkdir(parents=True, exist_ok=True)
-            _write(marker, json.dumps({"format": FORMAT}).encode() + b"\n")
+            _replace(marker, json.dumps({"format": FORMAT}).encode() + b"\n")
         try:
             number = int(json.loads(marker.read_text())["format"])
         except (ValueError, KeyError, TypeError) as error:
@@ -123,7 +128,10 @@ class Store:
     def clear_drafts(self) -> None:
         """Remove what an interrupted writer left. Only the one writer may call this."""
         for draft in self._drafts.iterdir():
-            shutil.rmtree(draft)
+            if draft.is_dir():
+                shutil.rmtree(draft)
+            else:
+                draft.unlink()
 
     # -- the backbone -----------------------------------------------------------------------
 
@@ -147,7 +155,7 @@ class Store:
         if not final.exists():
             files = {"weights.safetensors": content, "template.onnx": template}
             entries = tuple(_entry(name, data) for name, data in files.items())
-            self._commit(files | {"manifest.json": _FILES.dump_json(entries, indent=1)}, final)
+            self._commit(files, _FILES.dump_json(entries, indent=1), final)
         _replace(self._model / "backbone", f"{sha256}\n".encode())
         return self.backbone()
 
@@ -164,12 +172,13 @@ class Store:
         """
         if not self.has_backbone():
             raise StateError("the store has no backbone yet")
-        sha256 = (self._model / "backbone").read_text().strip()
-        folder = self.root / "backbones" / sha256
+        name = self._model / "backbone"
         try:
-            entries = _FILES.validate_json((folder / "manifest.json").read_bytes())
-        except (OSError, ValidationError) as error:
-            raise DamagedError(f"the backbone in {folder} cannot be read: {error}") from error
+            sha256 = name.read_text().strip()
+            folder = self.root / "backbones" / sha256
+            entries = _FILES.validate_json(_read_manifest(folder))
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"the backbone in {name} cannot be read: {error}") from error
         for entry in entries:
             _check(folder, entry)
         weights = folder / "weights.safetensors"
@@ -202,13 +211,13 @@ class Store:
             NotFoundError: there is no such version.
             DamagedError: its manifest cannot be read.
         """
-        path = self._folder(number) / "manifest.json"
+        folder = self._folder(number)
+        if not folder.is_dir():
+            raise NotFoundError(f"there is no version {number}", field="name")
         try:
-            return _VERSION.validate_json(path.read_bytes())
-        except FileNotFoundError as error:
-            raise NotFoundError(f"there is no version {number}", field="name") from error
-        except ValidationError as error:
-            raise DamagedError(f"{path} cannot be read: {error}") from error
+            return _VERSION.validate_json(_read_manifest(folder))
+        except (OSError, ValidationError) as error:
+            raise DamagedError(f"{folder / _MANIFEST} cannot be read: {error}") from error
 
     def version_of_task(self, task: str) -> int | None:
         """Return the version that ``task`` made, or None. A task makes at most one."""
@@ -343,8 +352,7 @@ class Store:
             create_time=now(),
             report=learned.report,
         )
-        manifest = {"manifest.json": _VERSION.dump_json(version, indent=1)}
-        self._commit(files | manifest, self._folder(number))
+        self._commit(files, _VERSION.dump_json(version, indent=1), self._folder(number))
         return version
 
     def _folder(self, number: int) -> Path:
@@ -359,11 +367,13 @@ class Store:
         except SafetensorError as error:
             raise DamagedError(f"{name} of version {version.number}: {error}") from error
 
-    def _commit(self, files: Mapping[str, bytes], final: Path) -> None:
+    def _commit(self, files: Mapping[str, bytes], manifest: bytes, final: Path) -> None:
         draft = self._drafts / uuid.uuid4().hex
         draft.mkdir()
         for name, data in files.items():
             _write(draft / name, data)
+        _write(draft / _MANIFEST, manifest)
+        _write(draft / _MANIFEST_SUM, _manifest_sum(manifest))
         _sync_folder(draft)
         os.rename(draft, final)
         _sync_folder(final.parent)
@@ -377,12 +387,30 @@ def initial_layer(qkv_weight: Array) -> LayerState:
     """
     rows, d = qkv_weight.shape
     return LayerState(
-        key_value=np.ascontiguousarray(qkv_weight[rows // 3 :], np.float32),
+        # A copy: the learner writes merged rows into the weights that this came from.
+        key_value=np.array(qkv_weight[rows // 3 :], np.float32, order="C"),
         basis=np.eye(d, dtype=np.float32),
         protected=0,
         moment=np.zeros((d, d), np.float32),
         tokens=0,
     )
+
+
+def _may_be_in_new_store(path: Path) -> bool:
+    """Whether ``path`` may lie in a folder that becomes a store."""
+    return path.name == "lost+found" or path.name.startswith(_FORMAT_DRAFT)
+
+
+def _read_manifest(folder: Path) -> bytes:
+    content = (folder / _MANIFEST).read_bytes()
+    # A flipped bit in a class's name would pass for a class of another name.
+    if (folder / _MANIFEST_SUM).read_bytes() != _manifest_sum(content):
+        raise DamagedError(f"{folder / _MANIFEST} does not have its checksum")
+    return content
+
+
+def _manifest_sum(manifest: bytes) -> bytes:
+    return f"{hashlib.sha256(manifest).hexdigest()}  {_MANIFEST}\n".encode()
 
 
 def _save(arrays: Mapping[str, Array]) -> bytes:

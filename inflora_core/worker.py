@@ -222,7 +222,7 @@ def main() -> None:
     os.dup2(2, 1)
     channel = Channel(sys.stdin, events)
     os.nice(10)
-    threads = args.threads or os.cpu_count() or 1
+    threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     name = args.device
     if name == "auto":

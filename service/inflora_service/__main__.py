@@ -119,11 +119,11 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _announce(address: str, ready_file: Path | None) -> None:
-    log.info("ready; try: inflora learn FOLDER, then: inflora predict IMAGE (server %s)", address)
     if ready_file is not None:
         draft = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
         draft.write_text(f"{address}\n")
         os.replace(draft, ready_file)
+    log.info("ready; try: inflora learn FOLDER, then: inflora predict IMAGE (server %s)", address)
 
 
 def main() -> int:

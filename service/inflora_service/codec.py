@@ -23,8 +23,8 @@ from inflora_core.model import (
 )
 from inflora_service.errors import to_status
 from inflora_service.names import check_model, task_name, version_name
+from inflora_service.records import Snapshot
 from inflora_service.serving import Answer
-from inflora_service.tasks import Snapshot
 from inflora_service.uploads import Example, TaskRequest
 
 _Setting = Literal["epochs", "learning_rate", "rank", "batch_size", "seed", "held_out_share"]

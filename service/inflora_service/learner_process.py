@@ -33,7 +33,11 @@ RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0, 15.0)
 UNHEALTHY_AFTER = 3
 """Workers that died in a row before they were ready: the next will hardly do better."""
 
-_STOP_SECONDS = 5.0
+STOP_SECONDS = 5.0
+"""How long a worker may take to end by itself."""
+
+_EVENTS = frozenset({"ready", "prepared", "progress", "learned", "failed", "cancelled"})
+
 _LINE_BYTES = 2**20
 
 
@@ -218,9 +222,10 @@ class LearnerProcess:
         log.info("learning worker started, process %d", process.pid)
         try:
             await self._read_events(process)
-            # Its output ended, so it is ending; one that is not is of no use any more.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+        except asyncio.CancelledError:
+            if not self._ready.is_set():
+                process.kill()  # it has no work yet, and cannot hear before its imports are done
+            raise
         finally:
             await _end(process)
             self._process = None
@@ -245,63 +250,64 @@ class LearnerProcess:
         self._finish(LearnerCrashedError(f"the learning worker {ended}{at}"))
 
     async def _read_events(self, process: asyncio.subprocess.Process) -> None:
+        """Act on what the worker sends until it ends, or sends what makes no sense."""
         assert process.stdout is not None
         while True:
             try:
                 line = await process.stdout.readline()
-            except ValueError:
-                log.warning("the learning worker sent a line over %d bytes", _LINE_BYTES)
-                return
-            if not line:
-                return
-            try:
+                if not line:
+                    return
                 self._on_event(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError):
-                log.exception("the learning worker sent what is no event: %.200r", line)
+                log.exception("the learning worker sent what is no event, and is ended")
+                process.kill()
                 return
 
     def _on_event(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
+        kind, task = event["event"], event.get("task")
+        if kind not in _EVENTS:
+            raise ValueError(f"there is no event {kind!r}")
         if kind == "ready":
             self._deaths_unready = 0
             self._ready.set()
             self._on_health(True)
             self._submit()
-            return
-        job = self._job
-        if job is None or event.get("task") != job.task:
-            return  # of a job that nobody waits for any more
-        if kind == "progress":
-            job.progress = Progress(
+        elif self._job is None or task != self._job.task:
+            log.debug("the learning worker sent news of a job that nobody waits for any more")
+        elif kind == "progress":
+            progress = Progress(
                 Stage(event["stage"]),
                 event["fraction"],
                 event["epoch"],
                 event["epochs"],
                 event["loss"],
             )
-            job.on_progress(job.progress)
-            return
-        self._deaths = 0
-        match kind:
-            case "prepared":
-                self._finish(None)
-            case "learned":
-                self._finish(int(event["version"]))
-            case "cancelled":
-                self._finish(CancelledError("cancelled on request"))
-            case "failed":
-                error = ERRORS_BY_REASON.get(event["reason"], InfloraError)
-                self._finish(error(event["message"], field=event["field"]))
-            case _:
-                raise ValueError(f"unknown event {kind!r}")
+            self._job.progress = progress
+            self._job.on_progress(progress)
+        else:
+            self._deaths = 0
+            self._finish(_result(event))
+
+
+def _result(event: dict[str, Any]) -> int | InfloraError | None:
+    """Return what became of a job, by the event that ended it."""
+    match event["event"]:
+        case "learned":
+            return int(event["version"])
+        case "cancelled":
+            return CancelledError("cancelled on request")
+        case "failed":
+            error = ERRORS_BY_REASON.get(event["reason"], InfloraError)
+            return error(event["message"], field=event["field"])
+    return None  # prepared
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End the worker: at once if it does not end by itself when its input does."""
+    """Have the worker end, by force if it does not when its input does."""
     assert process.stdin is not None
     process.stdin.close()
     try:
-        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+        await asyncio.wait_for(process.wait(), STOP_SECONDS)
     except TimeoutError:
         process.kill()
         await process.wait()

@@ -30,7 +30,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             raise InvalidInputError("the first message must hold the spec", field="spec")
         with fields_under("spec."):
             request = codec.decode_spec(first.spec, self._config)
-        async with self._tasks.upload(request) as upload:
+        async with await self._tasks.upload(request) as upload:
             async for message in request_iterator:
                 match message.WhichOneof("payload"):
                     case "examples":

@@ -2,8 +2,8 @@
 
     tasks(seq, id, request_id, state, record)
 
-``record`` is an ``inflora_core.model.Task`` as JSON; the other columns are copies of its fields to
-search by. All methods block: call them through ``asyncio.to_thread``.
+``record`` is a ``Snapshot`` as JSON; the other columns are copies of its task's fields to search
+by. All methods block: call them through ``asyncio.to_thread``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,21 @@ from inflora_core.errors import (
     StoreFormatError,
     UnavailableError,
 )
-from inflora_core.model import Task, TaskState
+from inflora_core.model import Progress, Task, TaskState
 
 FORMAT = 1
 FILE = "tasks.sqlite"
 
-_TASK = TypeAdapter(Task)
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A task at one moment; ``progress`` is the last that the learner reported, if it did."""
+
+    task: Task
+    progress: Progress | None = None
+
+
+_SNAPSHOT = TypeAdapter(Snapshot)
 
 _SCHEMA = f"""
     CREATE TABLE IF NOT EXISTS tasks (
@@ -97,10 +107,10 @@ class TaskRecords:
         """
         self._execute(
             "INSERT INTO tasks (id, request_id, state, record) VALUES (?, ?, ?, ?)",
-            (task.id, task.request_id, task.state.value, _encode(task)),
+            (task.id, task.request_id, task.state.value, _encode(Snapshot(task))),
         )
 
-    def update(self, task: Task) -> None:
+    def update(self, snapshot: Snapshot) -> None:
         """Replace the record of a task, durably.
 
         Raises:
@@ -109,10 +119,10 @@ class TaskRecords:
         """
         self._execute(
             "UPDATE tasks SET state = ?, record = ? WHERE id = ?",
-            (task.state.value, _encode(task), task.id),
+            (snapshot.task.state.value, _encode(snapshot), snapshot.task.id),
         )
 
-    def get(self, task: str) -> Task:
+    def get(self, task: str) -> Snapshot:
         """Return the record of a task.
 
         Raises:
@@ -128,9 +138,9 @@ class TaskRecords:
         rows = self._execute(
             "SELECT record FROM tasks WHERE request_id = ? AND request_id <> ''", (request_id,)
         )
-        return self._decode(rows[0][0]) if rows else None
+        return self._decode(rows[0][0]).task if rows else None
 
-    def page(self, before: int | None, size: int) -> list[tuple[int, Task]]:
+    def page(self, before: int | None, size: int) -> list[tuple[int, Snapshot]]:
         """Return up to ``size`` tasks, newest first, with the number each has in the order.
 
         Args:
@@ -149,15 +159,15 @@ class TaskRecords:
         rows = self._execute(
             f"SELECT record FROM tasks WHERE state IN ({marks}) ORDER BY seq", _UNFINISHED
         )
-        return [self._decode(record) for (record,) in rows]
+        return [self._decode(record).task for (record,) in rows]
 
     def _execute(self, statement: str, values: tuple[object, ...] | list[str]) -> list[Any]:
         with self._lock, self._translated():
             return self._connection.execute(statement, values).fetchall()
 
-    def _decode(self, record: str) -> Task:
+    def _decode(self, record: str) -> Snapshot:
         try:
-            return _TASK.validate_json(record)
+            return _SNAPSHOT.validate_json(record)
         except ValidationError as error:
             raise DamagedError(f"a record in {self._path} cannot be read: {error}") from error
 
@@ -175,5 +185,5 @@ class TaskRecords:
             raise DamagedError(f"{self._path} cannot be read: {error}") from error
 
 
-def _encode(task: Task) -> str:
-    return _TASK.dump_json(task).decode()
+def _encode(snapshot: Snapshot) -> str:
+    return _SNAPSHOT.dump_json(snapshot).decode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -91,10 +92,12 @@ class Server:
 
     Attributes:
         address: Where it listens, ``host:port``. Set by ``start``.
+        host: Its loaded versions. Set by ``start``.
         tasks: Its queue. Set by ``start``.
     """
 
     address: str
+    host: ModelHost
     tasks: TaskQueue
 
     def __init__(self, settings: Settings) -> None:
@@ -141,13 +144,17 @@ class Server:
             on_health=lambda healthy: self._set_health(LEARNER, healthy),
         )
         tasks = TaskQueue(store, records, host, learner, settings.learn, settings.limits)
-        self.tasks = tasks
+        self.host, self.tasks = host, tasks
         undo.callback(tasks.close)
         undo.push_async_callback(server.stop, settings.drain_seconds)
-        learner.start()
         undo.push_async_callback(learner.stop)
 
-        await self._prepare(store, learner)
+        new = not store.has_backbone()
+        if new:
+            learner.start()
+            await self._make_backbone(store, learner)
+        else:
+            await asyncio.to_thread(self._check_backbone, store)
         for service in (SERVER, MODEL, LEARNER):
             self._set_health(service, True)
         self._set_health(PREDICTOR, False)
@@ -156,12 +163,15 @@ class Server:
         undo.push_async_callback(tasks.stop)
         self._register(server, store, host, tasks)
         await server.start()
+        if not new:
+            learner.start()  # only now: its imports keep a processor busy for seconds
         undo.push_async_callback(self._health.enter_graceful_shutdown)
         self.address = address
         log.info("listening on %s", address)
 
     def _bind(self) -> tuple[grpc.aio.Server, str]:
         settings = self._settings
+        _check_address(settings.host, settings.port)
         server = grpc.aio.server(
             interceptors=[ErrorInterceptor()],
             options=[
@@ -175,9 +185,7 @@ class Server:
             port = server.add_insecure_port(f"{host}:{settings.port}")
         except RuntimeError as error:
             raise UnavailableError(
-                f"cannot listen on {host}:{settings.port}: the port is in use or not allowed, or "
-                "the address is not one of this machine's",
-                field="port",
+                f"cannot listen on {host}:{settings.port}: {error}", field="port"
             ) from error
         return server, f"{host}:{port}"
 
@@ -190,21 +198,21 @@ class Server:
             *("--threads", str(settings.learn_threads)),
         )
 
-    async def _prepare(self, store: Store, learner: LearnerProcess) -> None:
-        """See to it that the store has its backbone, and that it is the one asked for."""
-        asked = await asyncio.to_thread(
-            BackboneSource.of,
-            self._settings.backbone or backbone_source.DEFAULT,
-            self._settings.architecture,
-        )
-        if store.has_backbone():
-            await asyncio.to_thread(store.backbone)  # is it damaged?
-            if self._settings.backbone is not None:
-                await asyncio.to_thread(backbone_source.check, store.root, asked)
-            return
+    async def _make_backbone(self, store: Store, learner: LearnerProcess) -> None:
+        asked = await asyncio.to_thread(self._asked_backbone)
         log.info("making a store with the backbone %s in %s", asked.source, store.root)
         await learner.prepare(asked.source, asked.architecture)
         await asyncio.to_thread(backbone_source.remember, store.root, asked)
+
+    def _check_backbone(self, store: Store) -> None:
+        """See that the store's backbone is sound, and the one asked for if one is."""
+        store.backbone()
+        if self._settings.backbone is not None:
+            backbone_source.check(store.root, self._asked_backbone())
+
+    def _asked_backbone(self) -> BackboneSource:
+        source = self._settings.backbone or backbone_source.DEFAULT
+        return BackboneSource.of(source, self._settings.architecture)
 
     def _register(
         self, server: grpc.aio.Server, store: Store, host: ModelHost, tasks: TaskQueue
@@ -228,6 +236,30 @@ class Server:
         change = asyncio.create_task(self._health.set(service, state))
         self._health_changes.add(change)
         change.add_done_callback(self._health_changes.discard)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Bind to the address for a moment: grpc would not say why it cannot.
+
+    Raises:
+        UnavailableError: it cannot be listened on.
+    """
+    faults = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(address)
+                except OSError as error:
+                    faults.append(error)
+                else:
+                    return  # one is enough, for grpc as well
+    except OSError as error:
+        faults.append(error)
+    raise UnavailableError(f"cannot listen on {host}:{port}: {faults[0].strerror}", field="port")
 
 
 async def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:

@@ -24,14 +24,14 @@ class StoreLock:
     gone: a worker that is still writing a version keeps the next server from starting another.
     """
 
-    def __init__(self, store: Path, *, patience: float = PATIENCE_SECONDS) -> None:
-        """Take the lock. Blocks for up to ``patience`` seconds.
+    def __init__(self, store: Path) -> None:
+        """Take the lock. Blocks for up to ``PATIENCE_SECONDS``.
 
         Raises:
             UnavailableError: another server has it.
         """
         self.descriptor = os.open(store / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

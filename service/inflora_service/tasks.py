@@ -15,9 +15,10 @@ import logging
 import secrets
 import shutil
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from inflora_core.config import LearnConfig, Limits
@@ -37,7 +38,7 @@ from inflora_core.store import Store
 from inflora_service.aio import unbroken
 from inflora_service.errors import from_exception
 from inflora_service.learner_process import LearnerProcess
-from inflora_service.records import TaskRecords
+from inflora_service.records import Snapshot, TaskRecords
 from inflora_service.serving import ModelHost
 from inflora_service.uploads import TaskRequest, Upload
 
@@ -45,14 +46,6 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 2.0
 """Between attempts to write a record that the disk does not take."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A task at one moment; ``progress`` while the learner works on it."""
-
-    task: Task
-    progress: Progress | None = None
 
 
 @dataclass
@@ -143,7 +136,7 @@ class TaskQueue:
                 self._publishable.append((live, number))
             else:
                 live = _Live(replace(task, state=TaskState.QUEUED, start_time=None))
-                await asyncio.to_thread(self._records.update, live.task)
+                await asyncio.to_thread(self._records.update, live.snapshot)
                 self._queue.append(live)
             self._live[task.id] = live
         await asyncio.to_thread(self._remove_orphans)
@@ -172,25 +165,27 @@ class TaskQueue:
 
     # -- accepting --------------------------------------------------------------------------
 
-    def upload(self, request: TaskRequest) -> Upload:
+    async def upload(self, request: TaskRequest) -> Upload:
         """Return the upload of a new task, to be entered, filled, and given to ``accept``.
 
         Raises:
             LimitExceededError: the queue is full.
-            DamagedError: the current version is damaged, so nothing can be learned.
         """
-        self._check_room()
 
         async def check_label(label: str, field: str) -> None:
-            try:
-                self._check_label(label, field)
-            except StateError:
-                # A retry of a request that was accepted finds its own classes taken.
-                if not await asyncio.to_thread(self._records.by_request_id, request.request_id):
-                    raise
+            await self._check_unless_retried(request, partial(self._check_label, label, field))
 
+        await self._check_unless_retried(request, self._check_room)
         folder = self._spools / f"{now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
         return Upload(request, folder, self._limits, self._checkers, check_label)
+
+    async def _check_unless_retried(self, request: TaskRequest, check: Callable[[], None]) -> None:
+        """Run ``check``, but let a request pass that was accepted before: it is in its own way."""
+        try:
+            check()
+        except (StateError, LimitExceededError):
+            if await asyncio.to_thread(self._records.by_request_id, request.request_id) is None:
+                raise
 
     async def accept(self, upload: Upload) -> Task:
         """Make the finished upload a task, durable and queued.
@@ -267,14 +262,14 @@ class TaskQueue:
             NotFoundError: there is none.
         """
         live = self._live.get(task)
-        return live.snapshot if live else Snapshot(await self._record(task))
+        return live.snapshot if live else await self._record(task)
 
     async def page(self, before: int | None, size: int) -> list[tuple[int, Snapshot]]:
         """Return up to ``size`` tasks, newest first; see ``TaskRecords.page``."""
         rows = await asyncio.to_thread(self._records.page, before, size)
         return [
-            (number, self._live[task.id].snapshot if task.id in self._live else Snapshot(task))
-            for number, task in rows
+            (number, live.snapshot if (live := self._live.get(ended.task.id)) else ended)
+            for number, ended in rows
         ]
 
     async def watch(self, task: str) -> AsyncGenerator[Snapshot]:
@@ -288,12 +283,13 @@ class TaskQueue:
         """
         live = self._live.get(task)
         if live is None:
-            yield Snapshot(await self._record(task))
+            yield await self._record(task)
             return
         while True:
-            changed = live.changed
-            yield live.snapshot
-            if live.task.state.ended:
+            # Both before the task can change: whoever is slow must still be told of the end.
+            changed, snapshot = live.changed, live.snapshot
+            yield snapshot
+            if snapshot.task.state.ended:
                 return
             await self._wait(changed)
 
@@ -308,9 +304,9 @@ class TaskQueue:
         live = self._live.get(task)
         if live is None:
             ended = await self._record(task)
-            if ended.state is not TaskState.CANCELLED:
-                raise StateError(f"task {task} is {ended.state} already", field="name")
-            return Snapshot(ended)
+            if ended.task.state is not TaskState.CANCELLED:
+                raise StateError(f"task {task} is {ended.task.state} already", field="name")
+            return ended
         if live.progress is not None and live.progress.stage is Stage.PUBLISHING:
             raise StateError(f"task {task} is being published", field="name")
         live.cancelling = True
@@ -329,7 +325,7 @@ class TaskQueue:
         if self._stopping:
             raise UnavailableError("the server is stopping; ask again when it is back")
 
-    async def _record(self, task: str) -> Task:
+    async def _record(self, task: str) -> Snapshot:
         return await asyncio.to_thread(self._records.get, task)
 
     # -- learning ---------------------------------------------------------------------------
@@ -364,7 +360,7 @@ class TaskQueue:
 
     async def _learn(self, live: _Live) -> None:
         task = replace(live.task, state=TaskState.LEARNING, start_time=now())
-        await self._write(task)
+        await self._write(Snapshot(task))
         live.change(task)
         # Promoting another version may have brought classes that were unknown on arrival.
         for label in task.labels:
@@ -398,20 +394,20 @@ class TaskQueue:
 
     async def _end(self, live: _Live, state: TaskState, **changes: Any) -> None:
         ended = replace(live.task, state=state, end_time=now(), **changes)
-        await self._write(ended)
+        await self._write(Snapshot(ended, live.progress))
         await asyncio.to_thread(self._remove_spool, ended.id)
         # Whoever hears of the end may send the same classes again at once.
         del self._live[ended.id]
         live.change(ended)
         log.info("task %s is %s", ended.id, state)
 
-    async def _write(self, task: Task) -> None:
+    async def _write(self, snapshot: Snapshot) -> None:
         """Write the record, as often as it takes: nothing may be told that is not durable."""
         while True:
             try:
-                return await asyncio.to_thread(self._records.update, task)
+                return await asyncio.to_thread(self._records.update, snapshot)
             except InfloraError as error:
-                log.warning("cannot write the record of task %s, trying on: %s", task.id, error)
+                log.warning("cannot write a task's record, trying on: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 
     def _remove_spool(self, task: str) -> None:

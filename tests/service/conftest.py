@@ -33,7 +33,7 @@ from inflora.v1 import task_pb2 as pb
 from inflora_core.config import Limits
 from inflora_core.store import Store
 from inflora_service.server import Server, Settings
-from tests.service.mean_colour import make_backbone
+from tests.service.mean_colour import make_backbone, publish_task
 
 WORKER = Path(__file__).parent / "scripted_worker.py"
 ROOT = Path(__file__).parents[2]
@@ -122,40 +122,54 @@ class Script:
         async with self._arrival:
             await self._arrival.wait_for(lambda: point in self._waiting)
 
-    def release(self, point: str, **answer: Any) -> None:
-        """Let the worker go on from ``point``, where it waits, and pass from now on."""
-        self._held.discard(point)
-        self._waiting.pop(point)(answer or {"do": "go"})
-
     def pass_from_now_on(self, point: str) -> None:
         """Hold no worker at ``point`` any more, but leave the one that waits there."""
         self._held.discard(point)
 
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """Kill the worker, wherever it is."""
+    def release(self, point: str, **answer: Any) -> None:
+        """Let the worker go on from ``point``, where it waits, and pass from now on."""
+        self.pass_from_now_on(point)
+        self._waiting.pop(point)(answer or {"do": "go"})
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send the worker a signal, wherever it is."""
         self._waiting.clear()
         os.kill(self.pids[-1], number)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
             while line := await reader.readline():
-                question = json.loads(line)
-                point = question["at"]
-                if question["pid"] not in self.pids:
-                    self.pids.append(question["pid"])
-                self.visits.append((point, question["task"]))
+                await self._on_question(json.loads(line), writer)
 
-                def answer(how: dict[str, Any], number: int = question["number"]) -> None:
-                    writer.write(json.dumps({**how, "number": number}).encode() + b"\n")
+    async def _on_question(self, question: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        point = question["at"]
+        if question["pid"] not in self.pids:
+            self.pids.append(question["pid"])
+        self.visits.append((point, question["command"].get("task")))
+        result = _work(question)
 
-                if self._answers.get(point):
-                    answer(self._answers[point].pop(0))
-                elif point in self._held:
-                    async with self._arrival:
-                        self._waiting[point] = answer
-                        self._arrival.notify_all()
-                else:
-                    answer({"do": "go"})
+        def answer(how: dict[str, Any]) -> None:
+            content = {**how, **result, "number": question["number"]}
+            writer.write(json.dumps(content).encode() + b"\n")
+
+        if self._answers.get(point):
+            answer(self._answers[point].pop(0))
+        elif point in self._held:
+            async with self._arrival:
+                self._waiting[point] = answer
+                self._arrival.notify_all()
+        else:
+            answer({"do": "go"})
+
+
+def _work(question: dict[str, Any]) -> dict[str, Any]:
+    """Do for the worker what is done when it reaches a point; see ``scripted_worker``."""
+    match question["at"]:
+        case "PREPARE":
+            make_backbone(Store.open(question["store"]))
+        case "LEARNED":
+            return {"version": publish_task(Store.open(question["store"]), question["command"])}
+    return {}
 
 
 class Running:
@@ -196,10 +210,6 @@ class Running:
         """Return what the server says about the health of a service."""
         response = await self.health.Check(health_pb2.HealthCheckRequest(service=service))
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
-
-    def assert_no_traces(self) -> None:
-        """Assert that no upload has left a record or a spool."""
-        assert not list((self.settings.store / "spool").iterdir())
 
 
 def upload(

@@ -30,7 +30,9 @@ SHARPNESS = 100.0
 
 
 def make_backbone(store: Store) -> None:
-    """Give ``store`` a backbone without attention layers."""
+    """Give ``store`` a backbone without attention layers, unless it has one."""
+    if store.has_backbone():
+        return
     pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ("batch", 3, SIDE, SIDE))
     embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ("batch", 3))
     nodes = [
@@ -49,20 +51,13 @@ def make_backbone(store: Store) -> None:
     store.set_backbone(config, {"unused": np.zeros(1, np.float32)}, template)
 
 
-def publish_task(
-    store: Store, task: str, spool: Path, parent: int | None, settings: dict[str, Any]
-) -> int:
-    """Publish the version after ``parent`` that knows the classes in ``spool``, too."""
+def publish_task(store: Store, command: dict[str, Any]) -> int:
+    """Publish what a learning worker was told to learn; return the version."""
     colours: dict[str, list[np.ndarray[Any, Any]]] = {}
-    for image, label in read_spool(spool):
+    for image, label in read_spool(Path(command["spool"])):
         colours.setdefault(label, []).append(decode(image, Limits()).mean(axis=(0, 1)) / 255)
-    return publish_colours(
-        store,
-        task,
-        {label: np.mean(rows, axis=0) for label, rows in colours.items()},
-        parent,
-        settings,
-    )
+    means = {label: np.mean(rows, axis=0) for label, rows in colours.items()}
+    return publish_colours(store, command["task"], means, command["parent"], command["settings"])
 
 
 def publish_colours(

@@ -1,8 +1,8 @@
 """A learning worker that does what a test says, at the other end of the real protocol.
 
-It "learns" the mean colour of each class and publishes real versions through the real store, so
-that what the server does with them is real. At every point (``POINTS``) it asks the test, over a
-Unix socket, what to do next: go on, fail, or end at once.
+At every point (``POINTS``) it asks the test, over a Unix socket, what to do next: go on, fail, or
+end at once. What it "learns" is the mean colour of each class. The test publishes that for it, in
+the real store: this program imports next to nothing, so that a test can afford several.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import queue
 import socket
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 STAGES = (
@@ -28,7 +27,7 @@ STAGES = (
     "PUBLISHING",
 )
 POINTS = ("START", "PREPARE", *STAGES, "LEARNED")
-"""``LEARNED``: the version is durable, and the server does not know yet."""
+"""At ``LEARNED`` the version is durable, and the server does not know yet."""
 
 
 class CancelledError(Exception):
@@ -40,14 +39,14 @@ class FailedError(Exception):
 
 
 class Worker:
-    def __init__(self, store: Path, script: Path) -> None:
+    def __init__(self, store: str, script: str) -> None:
         self.store = store
         self.inbox: queue.Queue[dict[str, Any]] = queue.Queue()
         self.commands: list[dict[str, Any]] = []
         self.cancelled: set[str] = set()
-        self.points = 0
+        self.questions = 0
         self.script = socket.socket(socket.AF_UNIX)
-        self.script.connect(str(script))
+        self.script.connect(script)
         threading.Thread(target=self.read_commands, daemon=True).start()
         threading.Thread(target=self.read_script, daemon=True).start()
 
@@ -63,16 +62,18 @@ class Worker:
     def send(self, event: str, **fields: Any) -> None:
         print(json.dumps({"event": event, **fields}), flush=True)
 
-    def reach(self, point: str, task: str | None = None) -> None:
-        """Ask the test what to do here."""
-        self.points += 1
-        question = {"at": point, "task": task, "pid": os.getpid(), "number": self.points}
+    def reach(self, point: str, command: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Ask the test what to do here; return its answer if it is to go on."""
+        self.questions += 1
+        question = {"at": point, "pid": os.getpid(), "number": self.questions}
+        question |= {"command": command or {}, "store": self.store}
         self.script.sendall(json.dumps(question).encode() + b"\n")
         while True:
-            if task in self.cancelled and point not in ("PUBLISHING", "LEARNED"):
+            task = command and command.get("task")
+            if task in self.cancelled and STAGES.index(point) < STAGES.index("PUBLISHING"):
                 raise CancelledError
             message = self.inbox.get()
-            if message.get("number") == self.points:
+            if message.get("number") == self.questions:
                 break
             self.take(message)
         match message["do"]:
@@ -82,6 +83,7 @@ class Worker:
                 os._exit(message["status"])
             case "say":
                 print(message["line"], flush=True)
+        return message
 
     def take(self, message: dict[str, Any]) -> None:
         if message.get("command") == "cancel":
@@ -103,7 +105,7 @@ class Worker:
             try:
                 if command["command"] == "prepare":
                     self.reach("PREPARE")
-                    self.prepare()
+                    self.send("prepared")
                 else:
                     self.learn(command)
             except CancelledError:
@@ -112,13 +114,6 @@ class Worker:
                 (message,) = error.args
                 fields = {key: message[key] for key in ("reason", "message", "field")}
                 self.send("failed", task=task, **fields)
-
-    def prepare(self) -> None:
-        from inflora_core.store import Store
-        from tests.service.mean_colour import make_backbone
-
-        make_backbone(Store.open(self.store))
-        self.send("prepared")
 
     def learn(self, command: dict[str, Any]) -> None:
         task, epochs = command["task"], command["settings"]["epochs"]
@@ -133,23 +128,15 @@ class Worker:
                 epochs=epochs if trains else 0,
                 loss=0.5 if trains else 0.0,
             )
-            self.reach(stage, task)
-        from inflora_core.store import Store
-        from tests.service.mean_colour import publish_task
-
-        store = Store.open(self.store)
-        number = store.version_of_task(task)
-        if number is None:
-            spool = Path(command["spool"])
-            number = publish_task(store, task, spool, command["parent"], command["settings"])
-        self.reach("LEARNED", task)
-        self.send("learned", task=task, version=number)
+            self.reach(stage, command)
+        answer = self.reach("LEARNED", command)
+        self.send("learned", task=task, version=answer["version"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--script", type=Path, required=True)
-    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--script", required=True)
+    parser.add_argument("--store", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from inflora.v1 import learner_service_pb2 as learner_pb
+from inflora.v1 import learner_service_pb2_grpc
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2 as pb
@@ -23,7 +27,7 @@ from inflora_core.errors import (
     UnavailableError,
 )
 from inflora_core.store import Store
-from inflora_service import store_lock
+from inflora_service import learner_process, store_lock
 from inflora_service.server import Settings
 from tests.service.conftest import GREEN, RED, Running, Script, fails, png, upload
 from tests.service.test_bad_input import publish
@@ -76,11 +80,7 @@ async def test_ended_tasks_stay_ended(start: Callable[..., Any], script: Script)
     await running.server.stop()
     running = await start()
     for task in ended:
-        found = await running.get(task.name)
-        found.fraction_done = task.fraction_done  # how far a failed task came is not kept
-        assert found.state == task.state
-        assert found.report == task.report
-        assert found.error == task.error
+        assert await running.get(task.name) == task
     answer = await running.predictor.Predict(predictor_pb.PredictRequest(images=[png()]))
     assert answer.version == ended[1].version
 
@@ -96,34 +96,84 @@ async def test_what_nobody_was_told_of_is_removed(
     await running.learn({"a": [png()]})
 
 
-async def test_a_task_whose_spool_is_lost_fails_and_the_next_goes_on(
-    start: Callable[..., Any], script: Script
+# -- a server that is killed ---------------------------------------------------------------------
+
+PROGRAM = """
+import asyncio, pathlib, sys
+from inflora_service.server import Settings, serve
+
+settings = Settings(store=pathlib.Path(sys.argv[1]), port=0, worker=tuple(sys.argv[2:]))
+asyncio.run(serve(settings, lambda address: print(address, flush=True)))
+"""
+
+
+@contextlib.asynccontextmanager
+async def killed_at(point: str, settings: Settings, script: Script) -> AsyncIterator[str]:
+    """Run a server as a process, and kill it when its worker waits at ``point`` with a task.
+
+    Yields the task's name, with the worker, too, just before it notices.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PROGRAM, str(settings.store), *settings.worker),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    address = (await process.stdout.readline()).decode().strip()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = learner_service_pb2_grpc.LearnerServiceStub(channel)
+        script.hold(point)
+        task = (await stub.LearnTask(upload({"a": [png()]}))).task
+        await script.reached(point)
+        script.pass_from_now_on(point)
+        script.kill(signal.SIGSTOP)
+        process.kill()
+        await process.wait()
+    try:
+        yield task.name
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            script.kill(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("point", ["DECODING", "TRAINING", "PUBLISHING", "LEARNED"])
+async def test_a_task_of_a_killed_server_becomes_one_version(
+    start: Callable[..., Any], settings: Settings, script: Script, point: str
 ) -> None:
-    running = await start()
-    script.hold("DECODING")
-    tasks = [await running.learn({label: [png()]}) for label in "ab"]
-    await script.reached("DECODING")
-    await running.server.stop()
-    spool = running.settings.store / "spool" / tasks[0].name.split("/")[-1]
-    (spool / "images.bin").unlink()
-    script.pass_from_now_on("DECODING")
-    running = await start()
-    ended = [await running.ended(task.name) for task in tasks]
-    assert [task.state for task in ended] == [pb.TASK_STATE_FAILED, pb.TASK_STATE_PUBLISHED]
+    async with killed_at(point, settings, script) as name:
+        starting = asyncio.create_task(start())
+        script.kill(signal.SIGCONT)
+        running = await starting
+        assert (await running.ended(name)).version == "models/default/versions/1"
+        assert running.store.numbers() == [1]
+        assert not list((settings.store / "spool").iterdir())
+
+
+async def test_a_worker_that_is_left_keeps_the_store_to_itself(
+    start: Callable[..., Any],
+    settings: Settings,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store_lock, "PATIENCE_SECONDS", 0.0)
+    async with killed_at("PUBLISHING", settings, script):
+        with pytest.raises(UnavailableError, match="another server"):
+            await start()
 
 
 # -- draining -----------------------------------------------------------------------------------
 
 
 async def test_watchers_are_sent_away_and_uploads_are_finished(
-    start: Callable[..., Any], script: Script
+    start: Callable[..., Any], script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(learner_process, "STOP_SECONDS", 0.1)
     running = await start()
     script.hold("TRAINING")
     task = await running.learn({"a": [png()]})
     await script.reached("TRAINING")
     watching = running.learner.WatchTask(learner_pb.WatchTaskRequest(name=task.name))
     await watching.read()
+    script.kill(signal.SIGSTOP)  # it does not hear of the cancellation
     cancelling = running.learner.CancelTask(learner_pb.CancelTaskRequest(name=task.name))
     uploading = running.learner.LearnTask()
     spec, examples = upload({"b": [png()]})
@@ -184,14 +234,14 @@ async def test_a_store_of_a_newer_release(start: Callable[..., Any], settings: S
 
 async def test_damaged_records(start: Callable[..., Any], settings: Settings) -> None:
     (settings.store / "tasks.sqlite").write_bytes(b"this is no database" * 1000)
-    with pytest.raises(DamagedError, match="tasks.sqlite"):
+    with pytest.raises(DamagedError, match=r"tasks\.sqlite"):
         await start()
 
 
 async def test_a_damaged_backbone(start: Callable[..., Any], settings: Settings) -> None:
     (path,) = settings.store.glob("backbones/*/weights.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(DamagedError, match="weights.safetensors"):
+    with pytest.raises(DamagedError, match=r"weights\.safetensors"):
         await start()
 
 

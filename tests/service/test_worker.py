@@ -18,12 +18,15 @@ from inflora_core.errors import (
 from inflora_service import learner_process
 from tests.service.conftest import GREEN, RED, Running, Script, png
 from tests.service.scripted_worker import STAGES
+from tests.service.test_bad_input import publish
 
 
 @pytest.mark.parametrize("stage", STAGES)
-async def test_killed_in_a_stage(running: Running, script: Script, stage: str) -> None:
-    first = await running.learn({"red": [png(RED)]})
-    await running.ended(first.name)
+async def test_killed_in_a_stage(
+    start: Callable[..., Any], settings: Any, script: Script, stage: str
+) -> None:
+    publish(settings.store, red=RED)
+    running = await start()
     script.hold(stage)
     task = await running.learn({"green": [png(GREEN)]})
     await script.reached(stage)
@@ -65,19 +68,32 @@ async def test_killed_while_it_has_nothing_to_do(running: Running, script: Scrip
     assert len(script.pids) == 2
 
 
-@pytest.mark.parametrize("line", ["no JSON", "[1]", '{"event": "invented", "task": null}', "{}"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no JSON",
+        "[1]",
+        "{}",
+        '{"event": "invented"}',
+        '{"event": "progress", "task": TASK, "stage": "DREAMING"}',
+        '{"event": "learned", "task": TASK, "version": "the best"}',
+        '{"event": "' + "x" * 2**21 + '"}',
+    ],
+)
 async def test_that_speaks_nonsense_is_replaced(
     running: Running, script: Script, line: str
 ) -> None:
-    script.then("TRAINING", do="say", line=line)
-    script.hold("EXTENDING")
+    script.hold("TRAINING")
     task = await running.learn({"a": [png()]})
+    await script.reached("TRAINING")
+    script.pass_from_now_on("TRAINING")
+    name = task.name.split("/")[-1]
+    script.hold("EXTENDING")
+    script.release("TRAINING", do="say", line=line.replace("TASK", f'"{name}"'))
     ended = await running.ended(task.name)
-    script.pass_from_now_on("EXTENDING")
-    if line.startswith('{"event"'):
-        return
     assert ended.state == pb.TASK_STATE_FAILED
     assert b"LEARNER_CRASHED" in ended.error.details[0].value
+    script.pass_from_now_on("EXTENDING")
     again = await running.learn({"a": [png()]})
     assert (await running.ended(again.name)).state == pb.TASK_STATE_PUBLISHED
 
@@ -91,7 +107,7 @@ async def test_that_ends_by_itself_is_reported_with_its_status(
 
 
 async def test_that_dies_before_it_begins_is_tried_once_more(
-    running: Running, script: Script, monkeypatch: pytest.MonkeyPatch
+    running: Running, script: Script
 ) -> None:
     """Nobody can tell whether it read the command: the task is not to blame the first time."""
     script.hold("START")

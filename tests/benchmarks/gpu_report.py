@@ -1,0 +1,216 @@
+"""What a GPU does: ``make gpu-report GPU=1``. Each step is kept, so that a run can be continued.
+
+Results go to ``build/gpu-report/{step}.json`` and, all of them, to docs/benchmarks.md between the
+marks of this report. A step whose file exists is not run again; remove the file to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from inflora_core.backbone import Backbone, build_backbone
+from inflora_core.config import LearnConfig
+from inflora_core.export import export_template
+from inflora_core.graph import materialise
+from inflora_core.learner import learn_task
+from inflora_core.model import BackboneConfig, ContinualModel, LabelledImages, Learned, Stage
+from inflora_core.predictor import Predictor, RuntimeOptions
+from inflora_core.progress import Tracker
+from inflora_core.store import initial_layer
+from tests.benchmarks import stream
+
+OUT = stream.ROOT / "build" / "gpu-report"
+BEGIN, END = "<!-- gpu-report -->", "<!-- /gpu-report -->"
+
+
+def main() -> None:
+    """Run the steps that have no result yet, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--architecture", default="vit_base_patch16_224")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--data", default=str(stream.ROOT.parent / "shared" / "data"))
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU here; --device cpu runs the same steps on the processor")
+    OUT.mkdir(parents=True, exist_ok=True)
+    steps: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "environment": environment,
+        "learning": learning,
+        "bf16": bf16,
+        "provider": provider,
+        "accuracy": accuracy,
+    }
+    results = {}
+    for name, step in steps.items():
+        path = OUT / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(step(options), indent=1))
+        results[name] = json.loads(path.read_text())
+        print(name, json.dumps(results[name]), flush=True)
+    write_report(stream.ROOT / "docs" / "benchmarks.md", results)
+    print(json.dumps(results | {"commit": stream.commit(), "results": str(OUT)}))
+
+
+def environment(options: argparse.Namespace) -> dict[str, Any]:
+    """Say what this ran on."""
+    cuda = options.device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "onnxruntime": ort.__version__,
+        "providers": ort.get_available_providers(),
+    }
+
+
+def learning(options: argparse.Namespace) -> dict[str, Any]:
+    """Images a second in every stage of one task, random weights and images."""
+    data = random_images(random_backbone(options), options.images, classes=10)
+    runs = []
+    for _ in range(3):
+        if options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        backbone = random_backbone(options)
+        tracker = Tracker(epochs=2)
+        teach(backbone, data, LearnConfig(epochs=2, batch_size=options.batch), tracker)
+        runs.append(tracker.seconds)
+    seconds = {stage: float(np.median([run[stage] for run in runs])) for stage in runs[0]}
+    trained = 2 * int(options.images * 0.9)
+    return {
+        "architecture": options.architecture,
+        "training_images_per_second": trained / seconds[Stage.TRAINING],
+        "moment_images_per_second": trained / 2 / seconds[Stage.EXTENDING],
+        "stage_seconds": {stage.value: value for stage, value in seconds.items()},
+        "peak_gigabytes": (
+            torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else None
+        ),
+    }
+
+
+@torch.inference_mode()
+def bf16(options: argparse.Namespace) -> dict[str, Any]:
+    """How far bfloat16 autocast moves the features, and how much faster it is."""
+    backbone = random_backbone(options)
+    images = torch.from_numpy(random_images(backbone, options.batch, classes=1).images)
+    pixels = backbone.normalise(images.to(options.device))
+
+    def seconds(run: Callable[[], torch.Tensor]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            run().sum().item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        return float(np.median(times[1:]))
+
+    def autocast() -> torch.Tensor:
+        with torch.autocast(options.device, torch.bfloat16):
+            features: torch.Tensor = backbone.module(pixels).float()
+        return features
+
+    full, half = backbone.module(pixels), autocast()
+    return {
+        "cosine": float(torch.nn.functional.cosine_similarity(full, half).min()),
+        "speed_ratio": seconds(lambda: backbone.module(pixels)) / seconds(autocast),
+    }
+
+
+def provider(options: argparse.Namespace) -> dict[str, Any]:
+    """The provider that really runs a version, its parity with the CPU's, and its speed."""
+    backbone = random_backbone(options)
+    data = random_images(backbone, 64, classes=4)
+    learned = teach(backbone, data, LearnConfig(epochs=1), Tracker(epochs=1))
+    backbone.module.cpu()
+    onnx = materialise(export_template(backbone), learned.model, 1)
+    reference = Predictor.load(onnx, RuntimeOptions(provider="cpu"))
+    predictor = Predictor.load(
+        onnx, RuntimeOptions(provider="cuda" if options.device == "cuda" else "cpu")
+    )
+    pixels = np.concatenate([reference.preprocess(image) for image in data.images[:32]])
+    expected, answered = reference.classify(pixels), predictor.classify(pixels)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        predictor.classify(pixels)
+        times.append(time.perf_counter() - start)
+    return {
+        "provider": predictor.provider,
+        "max_abs_diff": float(np.abs(expected.logits - answered.logits).max()),
+        "images_per_second": len(pixels) / float(np.median(times[1:])),
+    }
+
+
+def accuracy(options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy of the stream, where its data is; both presets."""
+    data = Path(options.data)
+    weights = data / "deit_tiny_patch16_224.fp16.safetensors"
+    if not weights.exists():
+        return {"skipped": f"no {weights.name} beside the checkout"}
+    common = ["--data", str(data / "cifar100_stream50.npz"), "--backbone", str(weights)]
+    published = ["--preset", "published", "--epochs", "5", "--set", "batch_size=32"]
+    published += ["--set", "learning_rate=2e-3", "--mean", "0.45", "--std", "0.225"]
+    results = {}
+    for name, more in (("default", []), ("published", published)):
+        out = OUT / f"stream-{name}"
+        stream.main([*common, *more, "--out", str(out)])
+        results[name] = stream.summarise(json.loads((out / "results.json").read_text()))
+    return results
+
+
+def random_backbone(options: argparse.Namespace) -> Backbone:
+    """Return the architecture with random weights, on the device."""
+    import timm
+
+    torch.manual_seed(0)
+    weights = timm.create_model(options.architecture, num_classes=0).state_dict()
+    backbone = build_backbone(BackboneConfig(options.architecture, {}, {}), weights)
+    backbone.module.to(options.device)
+    return backbone
+
+
+def random_images(backbone: Backbone, count: int, classes: int) -> LabelledImages:
+    """Return ``count`` images of noise at model size."""
+    generator = np.random.default_rng(0)
+    size = backbone.preprocessing.height, backbone.preprocessing.width
+    images = generator.integers(0, 256, (count, *size, 3), np.uint8)
+    names = tuple(f"class {i}" for i in range(classes))
+    return LabelledImages(images, np.arange(count) % classes, names)
+
+
+def teach(
+    backbone: Backbone, data: LabelledImages, config: LearnConfig, tracker: Tracker
+) -> Learned:
+    """Learn ``data`` as the first task."""
+    layers = {
+        name: initial_layer(backbone.qkv(name).get_parameter("weight").cpu().numpy())
+        for name in backbone.config.layers
+    }
+    before = ContinualModel.untaught(layers, backbone.config.embedding_size)
+    learned = learn_task(before, backbone, data, "task", config, tracker)
+    tracker.finish()
+    return learned
+
+
+def write_report(path: Path, results: dict[str, Any]) -> None:
+    """Replace what stands between the marks in ``path``."""
+    text = path.read_text()
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    blocks = "\n".join(
+        f"\n**{name}**\n\n```json\n{json.dumps(result, indent=1)}\n```"
+        for name, result in results.items()
+    )
+    path.write_text(f"{head}{BEGIN}\n{blocks}\n\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

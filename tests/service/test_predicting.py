@@ -1,0 +1,145 @@
+"""Predict: which classes compete, which version answers, and that swaps lose nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from inflora.v1 import predictor_service_pb2 as pb
+from inflora_service import serving
+from inflora_service.server import Settings
+from tests.service.conftest import BLUE, GREEN, RED, WHITE, Running, fails, png
+from tests.service.test_bad_input import publish
+
+VERSIONS = ({"red": RED, "white": WHITE}, {"green": GREEN}, {"blue": BLUE})
+
+
+@pytest.fixture
+async def running(start: Callable[..., Any], settings: Settings) -> Running:
+    """A server with three versions."""
+    for classes in VERSIONS:
+        publish(settings.store, **classes)
+    running: Running = await start()
+    return running
+
+
+async def predict(running: Running, *images: bytes, **fields: Any) -> pb.PredictResponse:
+    request = pb.PredictRequest(images=images, **fields)
+    response: pb.PredictResponse = await running.predictor.Predict(request)
+    return response
+
+
+def best(response: pb.PredictResponse) -> list[str]:
+    return [prediction.scores[0].label for prediction in response.predictions]
+
+
+async def test_images_of_any_size_are_answered_in_their_order(running: Running) -> None:
+    colours = {"red": RED, "green": GREEN, "blue": BLUE, "white": WHITE}
+    sizes = [(2, 3), (8, 8), (300, 200), (33, 64)]
+    for labels in itertools.islice(itertools.permutations(colours), 6):
+        images = [png(colours[c], size) for c, size in zip(labels, sizes, strict=True)]
+        assert best(await predict(running, *images)) == list(labels)
+
+
+async def test_scores_are_probabilities_best_first(running: Running) -> None:
+    response = await predict(running, png((200, 100, 50)), top_k=100, model="models/default")
+    (prediction,) = response.predictions
+    scores = [score.probability for score in prediction.scores]
+    assert len(scores) == 4  # all there are
+    assert scores == sorted(scores, reverse=True)
+    assert sum(scores) == pytest.approx(1)
+    assert prediction.novelty == pytest.approx(1 - scores[0])
+    assert len((await predict(running, png(), top_k=2)).predictions[0].scores) == 2
+
+
+async def test_a_caller_who_knows_the_task(running: Running) -> None:
+    for number, labels in ((1, {"red", "white"}), (2, {"green"})):
+        response = await predict(running, png(BLUE), task=f"models/default/tasks/task-{number}")
+        scores = response.predictions[0].scores
+        assert {score.label for score in scores} == labels
+        assert sum(score.probability for score in scores) == pytest.approx(1)
+
+
+async def test_a_task_that_the_version_does_not_know(running: Running) -> None:
+    task = await running.ended((await running.learn({"grey": [png((99, 99, 99))]})).name)
+    response = await predict(running, png(), task=task.name)
+    assert best(response) == ["grey"]
+    with fails("FAILED_PRECONDITION", "WRONG_STATE", "task"):
+        await predict(running, png(), task=task.name, version="models/default/versions/1")
+
+
+async def test_a_version_that_is_asked_for_by_number(running: Running) -> None:
+    for number, expected in ((1, "white"), (2, "green"), (3, "green")):
+        name = f"models/default/versions/{number}"
+        response = await predict(running, png((0, 255, 40)), version=name)
+        assert response.version == name
+        assert best(response) == [expected] if number > 1 else best(response)
+
+
+async def test_few_versions_stay_loaded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "PINNED_VERSIONS", 1)
+    host = running.server.host
+    for number in (1, 2):
+        await predict(running, png(), version=f"models/default/versions/{number}")
+        assert host.provider(number)
+    assert not host.provider(1)
+    assert host.provider(3)  # the current one always does
+
+
+async def test_a_stream_is_answered_in_its_order(running: Running) -> None:
+    sent = [("a", RED), ("b", GREEN), ("", BLUE), ("a", WHITE)]
+
+    async def requests() -> AsyncIterator[pb.PredictStreamRequest]:
+        for text, colour in sent:
+            request = pb.PredictRequest(images=[png(colour)])
+            yield pb.PredictStreamRequest(request=request, correlation_id=text)
+
+    answers = [answer async for answer in running.predictor.PredictStream(requests())]
+    assert [answer.correlation_id for answer in answers] == [text for text, _ in sent]
+    assert [best(answer.response) for answer in answers] == [
+        ["red"],
+        ["green"],
+        ["blue"],
+        ["white"],
+    ]
+
+
+async def test_swaps_under_load_lose_no_call(running: Running) -> None:
+    done = asyncio.Event()
+    known = {f"models/default/versions/{n}": n for n in (1, 2, 3)}
+    seen: set[str] = set()
+
+    async def call() -> int:
+        calls = 0
+        while not done.is_set():
+            response = await predict(running, png(RED), png(WHITE))
+            assert best(response) == ["red", "white"]
+            assert response.version in known
+            seen.add(response.version)
+            calls += 1
+        return calls
+
+    callers = [asyncio.create_task(call()) for _ in range(4)]
+    for number in (1, 2, 3) * 3:
+        await running.server.host.promote(number)
+        name = f"models/default/versions/{number}"
+        assert (await predict(running, png())).version == name
+    done.set()
+    assert all(await asyncio.gather(*callers))
+    assert len(seen) > 1
+
+
+async def test_readiness_follows_the_first_version(start: Callable[..., Any]) -> None:
+    running = await start()
+    service = "inflora.v1.PredictorService"
+    assert await running.serving(service) == "NOT_SERVING"
+    assert await running.serving("inflora.v1.ModelService") == "SERVING"
+    assert await running.serving() == "SERVING"
+    await running.ended((await running.learn({"a": [png()]})).name)
+    assert await running.serving(service) == "SERVING"
+    with fails("NOT_FOUND", "NOT_FOUND", "version"):
+        await predict(running, png(), version="models/default/versions/2")

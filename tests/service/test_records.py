@@ -1,0 +1,140 @@
+"""Task records, and what happens when the disk does not take what must be durable."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inflora.v1 import task_pb2 as pb
+from inflora_core.errors import NotFoundError, StoreFormatError, UnavailableError
+from inflora_core.model import Failure, Progress, Stage, Task, TaskState
+from inflora_core.spool import SpoolWriter
+from inflora_service import tasks
+from inflora_service.records import Snapshot, TaskRecords
+from tests.service.conftest import Running, Script, fails, png
+from tests.service.test_bad_input import assert_unharmed
+
+
+def make_task(number: int, **changes: Any) -> Task:
+    fields: dict[str, Any] = {
+        "id": f"task-{number}",
+        "display_name": "ünï",
+        "request_id": "",
+        "content_sha256": "0" * 64,
+        "labels": ("a", "b"),
+        "example_counts": (1, 2),
+        "example_bytes": 3,
+        "settings": {"epochs": 3, "learning_rate": 0.1},
+        "create_time": datetime(2026, 1, 1, tzinfo=UTC),
+    }
+    return Task(**{**fields, **changes})
+
+
+def test_records_are_as_they_were_after_opening_again(tmp_path: Path) -> None:
+    records = TaskRecords(tmp_path)
+    waiting = make_task(1, request_id="r")
+    failed = make_task(2, state=TaskState.FAILED, failure=Failure("PARITY", "they differ"))
+    for task in (waiting, failed):
+        records.insert(task)
+    snapshot = Snapshot(failed, Progress(Stage.CHECKING, 0.9, 3, 3, 0.25))
+    records.update(snapshot)
+    records.close()
+
+    records = TaskRecords(tmp_path)
+    assert records.get("task-1") == Snapshot(waiting)
+    assert records.get("task-2") == snapshot
+    assert records.by_request_id("r") == waiting
+    assert records.by_request_id("") is None
+    assert records.unfinished() == [waiting]
+    assert [number for number, _ in records.page(None, 10)] == [2, 1]
+    assert records.page(2, 10) == [(1, Snapshot(waiting))]
+    with pytest.raises(NotFoundError):
+        records.get("task-3")
+    records.close()
+
+
+def test_commits_are_flushed_to_the_disk(tmp_path: Path) -> None:
+    records = TaskRecords(tmp_path)
+    pragmas = [
+        records._connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("journal_mode", "synchronous")
+    ]
+    records.close()
+    assert pragmas == ["wal", 2]  # 2 is FULL
+
+
+def test_a_request_id_is_used_once(tmp_path: Path) -> None:
+    records = TaskRecords(tmp_path)
+    records.insert(make_task(1, request_id="r"))
+    with pytest.raises(sqlite3.IntegrityError):
+        records.insert(make_task(2, request_id="r"))
+    records.insert(make_task(3))
+    records.insert(make_task(4))  # none is no request id
+    records.close()
+
+
+def test_records_of_a_newer_release(tmp_path: Path) -> None:
+    records = TaskRecords(tmp_path)
+    records._connection.execute("PRAGMA user_version = 99")
+    records.close()
+    with pytest.raises(StoreFormatError, match="99"):
+        TaskRecords(tmp_path)
+
+
+@pytest.mark.parametrize("when", ["add", "finish"])
+async def test_a_disk_that_fills_up_during_an_upload(
+    running: Running, script: Script, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SpoolWriter, when, full)
+        with fails("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED"):
+            await running.learn({"a": [png()]})
+    script.hold("DECODING")
+    await assert_unharmed(running)
+
+
+async def test_a_record_that_cannot_be_written_is_no_task(
+    running: Running, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(records: TaskRecords, task: Task) -> None:
+        with records._translated():
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskRecords, "insert", full)
+        with fails("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED"):
+            await running.learn({"a": [png()]})
+    script.hold("DECODING")
+    await assert_unharmed(running)
+
+
+async def test_an_end_is_told_when_it_is_durable(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "RETRY_SECONDS", 0.0)
+    update = TaskRecords.update
+    refusals = 3
+
+    def reluctant(records: TaskRecords, snapshot: Snapshot) -> None:
+        nonlocal refusals
+        if snapshot.task.state.ended and refusals:
+            refusals -= 1
+            raise UnavailableError("the task records cannot be used")
+        update(records, snapshot)
+
+    monkeypatch.setattr(TaskRecords, "update", reluctant)
+    running = await start()
+    ended = await running.ended((await running.learn({"a": [png()]})).name)
+    assert ended.state == pb.TASK_STATE_PUBLISHED
+    assert not refusals
