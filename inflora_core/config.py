@@ -22,7 +22,7 @@ class LearnConfig(BaseModel):
     """Upper bound of r, the rank of ``A_t B_t``."""
     epochs: int = Field(5, ge=1, le=10_000)
     batch_size: int = Field(32, ge=1, le=4096)
-    learning_rate: float = Field(2e-3, gt=0, le=10)
+    learning_rate: float = Field(1e-3, gt=0, le=10)
     """Base rate of Adam, for the expansions and the new head."""
     schedule: Literal["cosine", "published"] = "cosine"
     """``published``: the cosine that lags one epoch (``learner.learning_rates``)."""
@@ -36,7 +36,7 @@ class LearnConfig(BaseModel):
     """What the design and the memory rank directions by: ``C C`` or ``C``."""
     first_task: Literal["reach", "one-fewer"] = "reach"
     """``one-fewer``: after the first task one direction fewer than the threshold asks for."""
-    threshold_first: float = Field(0.95, gt=0, lt=1)
+    threshold_first: float = Field(0.999, gt=0, lt=1)
     """``lamb``: share of energy protected after the first task."""
     threshold_last: float = Field(1.0, gt=0, le=1)
     """``lame``: what the threshold rises towards."""

@@ -79,12 +79,13 @@ class _Source(Iterator[T]):
         self._closed = False
 
     def __next__(self) -> T:
+        # An iteration that was given up must not look complete: half a task would be accepted.
         if self._closed:
-            raise StopIteration
+            raise CancelledError
         self._next = asyncio.run_coroutine_threadsafe(self._take(), self._loop)
         try:
             return self._next.result()
-        except (StopAsyncIteration, CancelledError):
+        except StopAsyncIteration:
             raise StopIteration from None
 
     async def _take(self) -> T:

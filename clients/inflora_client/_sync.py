@@ -228,9 +228,8 @@ class Client(ClientBase):
             pass
 
     def _upload(self, messages: Iterable[learner_service_pb2.LearnTaskRequest]) -> Task:
-        # After an error on this side the server must not accept what it has got so far. A cancelled
-        # call can look to it like one that was ended; an empty message makes it refuse the task.
-        outgoing = _Outgoing(messages, after_error=learner_service_pb2.LearnTaskRequest())
+        # After an error on this side the upload has no end, and the server keeps nothing of it.
+        outgoing = _Outgoing(messages)
         call = self._stubs[channel.LEARN_TASK].future(outgoing, wait_for_ready=self._wait_for_ready)
         try:
             response = call.result()
@@ -249,29 +248,23 @@ class _Outgoing(Generic[T]):
 
     Args:
         items: What to iterate over.
-        after_error: Yielded after an error, before the iteration ends; None for nothing.
     """
 
-    def __init__(self, items: Iterable[T], after_error: T | None = None) -> None:
+    def __init__(self, items: Iterable[T]) -> None:
         self._items = iter(items)
-        self._after_error = after_error
         self._error: Exception | None = None
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> T:
-        if self._error is not None:
-            raise StopIteration
         try:
             return next(self._items)
         except StopIteration:
             raise
         except Exception as error:
             self._error = error
-            if self._after_error is None:
-                raise StopIteration from None
-            return self._after_error
+            raise StopIteration from None
 
     def raise_error(self) -> None:
         """Raise the error that ended the iteration, if one did."""

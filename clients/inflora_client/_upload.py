@@ -59,11 +59,14 @@ def messages(
     spec: task_pb2.TaskSpec, examples: Examples
 ) -> Iterator[learner_service_pb2.LearnTaskRequest]:
     """Yield the messages of an upload, reading images as they are needed."""
-    batcher = Batcher()
+    batcher, count = Batcher(), 0
     yield learner_service_pb2.LearnTaskRequest(spec=spec)
     for image, label in examples:
         yield from batcher.add(read_image(image), label)
+        count += 1
     yield from batcher.flush()
+    end = learner_service_pb2.UploadEnd(example_count=count)
+    yield learner_service_pb2.LearnTaskRequest(end=end)
 
 
 class Batcher:

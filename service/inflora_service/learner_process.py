@@ -24,6 +24,7 @@ from inflora_core.errors import (
     LearnerCrashedError,
 )
 from inflora_core.model import Progress, Stage
+from inflora_service.aio import unbroken
 
 log = logging.getLogger(__name__)
 
@@ -193,9 +194,11 @@ class LearnerProcess:
     async def _supervise(self) -> None:
         while True:
             try:
-                ended = await self._live()
+                process = await self._spawn()
             except OSError as error:
                 ended = f"could not be started: {error}"
+            else:
+                ended = await self._live(process)
             if not self._ready.is_set():
                 self._deaths_unready += 1
                 if self._deaths_unready == UNHEALTHY_AFTER:
@@ -207,8 +210,7 @@ class LearnerProcess:
             self._crash_job(ended)
             await asyncio.sleep(delay)
 
-    async def _live(self) -> str:
-        """Run one worker from its start to its end; return how it ended."""
+    async def _spawn(self) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
@@ -218,17 +220,21 @@ class LearnerProcess:
             # A Ctrl-C at the terminal is for the server, which then ends the worker.
             start_new_session=True,
         )
-        self._process = process
         log.info("learning worker started, process %d", process.pid)
+        return process
+
+    async def _live(self, process: asyncio.subprocess.Process) -> str:
+        """Work with one worker to its end; return how it ended."""
+        self._process = process
         try:
             await self._read_events(process)
         except asyncio.CancelledError:
             if not self._ready.is_set():
-                process.kill()  # it has no work yet, and cannot hear before its imports are done
+                _kill(process)  # it has no work yet, and cannot hear before its imports are done
             raise
         finally:
-            await _end(process)
             self._process = None
+            await unbroken(_end(process))
         return _how_it_ended(process.returncode)
 
     def _crash_job(self, ended: str) -> None:
@@ -260,7 +266,7 @@ class LearnerProcess:
                 self._on_event(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError):
                 log.exception("the learning worker sent what is no event, and is ended")
-                process.kill()
+                _kill(process)
                 return
 
     def _on_event(self, event: dict[str, Any]) -> None:
@@ -307,10 +313,17 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     assert process.stdin is not None
     process.stdin.close()
     try:
-        await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        # Not wait_for, which in Python 3.11 loses a cancellation that comes as the process ends.
+        async with asyncio.timeout(STOP_SECONDS):
+            await process.wait()
     except TimeoutError:
-        process.kill()
+        _kill(process)
         await process.wait()
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
 
 
 def _how_it_ended(status: int | None) -> str:

@@ -31,14 +31,23 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         with fields_under("spec."):
             request = codec.decode_spec(first.spec, self._config)
         async with await self._tasks.upload(request) as upload:
+            ended = False
             async for message in request_iterator:
+                if ended:
+                    raise InvalidInputError("nothing may follow the end", field="payload")
                 match message.WhichOneof("payload"):
                     case "examples":
                         await upload.add(codec.decode_examples(message.examples))
+                    case "end":
+                        upload.check_count(message.end.example_count)
+                        ended = True
                     case "spec":
                         raise InvalidInputError("only the first message holds a spec", field="spec")
                     case _:
                         raise InvalidInputError("the message is empty", field="payload")
+            if not ended:
+                # A client that vanished can look like one that closed its side of the stream.
+                raise InvalidInputError("the upload broke off: it has no end", field="end")
             task = await self._tasks.accept(upload)
         return pb.LearnTaskResponse(task=codec.encode_task(await self._tasks.get(task.id)))
 

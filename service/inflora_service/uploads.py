@@ -118,6 +118,13 @@ class Upload:
                 await self._admit(example.label, f"examples[{index}].label")
         await unbroken(asyncio.to_thread(self._write, examples))
 
+    def check_count(self, count: int) -> None:
+        """Raise ``InvalidInputError`` unless ``count`` examples have arrived."""
+        if count != self._count:
+            raise InvalidInputError(
+                f"{count} examples were announced, {self._count} arrived", field="end.example_count"
+            )
+
     def finish(self) -> SpoolSummary:
         """Flush the examples to the disk, from where nothing but their new owner removes them.
 

@@ -166,10 +166,12 @@ class Learner(learner_grpc.LearnerServiceServicer):
         self.peer.arrive("LearnTask", messages, context)
         for message in requests:
             messages.append(message)
-            if not message.WhichOneof("payload"):
-                abort(context, status("INVALID_ARGUMENT", "the message is empty"))
         spec = messages[0].spec
         examples = [e for m in messages[1:] for e in m.examples.examples]
+        if messages[-1] != learner.LearnTaskRequest(
+            end=learner.UploadEnd(example_count=len(examples))
+        ):
+            abort(context, status("INVALID_ARGUMENT", "the upload has no end"))
         labels = dict.fromkeys(e.label for e in examples)
         task = self.peer.add_task(
             f"t{len(self.peer.tasks) + 1}",

@@ -89,7 +89,7 @@ class TestLearn:
         for text in ("[cat]", "50.0%", "75.0%", "1.0e-05", "little is free"):
             assert text in result.stdout
         assert "left out: 1 files" in result.stderr
-        spec, batch = peer.calls["LearnTask"][0]
+        spec, batch, _ = peer.calls["LearnTask"][0]
         assert (spec.spec.display_name, spec.spec.epochs) == ("pets", 5)
         assert spec.spec.held_out_share == 0.25
         assert not spec.spec.HasField("rank")
@@ -116,7 +116,7 @@ class TestLearn:
     ) -> None:
         (task,) = lines(run("learn", pets, "--detach", "--json", *options))
         assert task["state"] == "QUEUED"
-        _, batch = peer.calls["LearnTask"][0]
+        _, batch, _ = peer.calls["LearnTask"][0]
         assert [e.label for e in batch.examples.examples] == labels
 
     def test_detaches(self, run: Run, pets: Path) -> None:

@@ -54,8 +54,9 @@ class TestLearn:
         )
         assert (learned.name, learned.id, learned.state) == (NAME, "t1", TaskState.QUEUED)
         assert [(c.label, c.example_count) for c in learned.classes] == [("cat", 1), ("dog", 2)]
-        spec, batch = peer.calls["LearnTask"][0]
+        spec, batch, end = peer.calls["LearnTask"][0]
         assert (spec.spec.display_name, spec.spec.epochs, spec.spec.seed) == ("pets", 3, 0)
+        assert end.end.example_count == 3
         assert spec.spec.HasField("seed")
         assert not spec.spec.HasField("rank")
         assert uuid.UUID(spec.spec.request_id).version == 4
@@ -68,7 +69,7 @@ class TestLearn:
 
     def test_sends_messages_of_half_a_mebibyte(self, client: Client, peer: Peer) -> None:
         client.learn([(bytes(100_000), "a")] * 20 + [(bytes(3_000_000), "b")])
-        _, *batches = peer.calls["LearnTask"][0]
+        _, *batches, _ = peer.calls["LearnTask"][0]
         assert [len(b.examples.examples) for b in batches] == [5, 5, 5, 5, 1]
 
     def test_uploads_a_sequence_again_under_the_same_request_id(

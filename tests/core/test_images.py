@@ -619,13 +619,11 @@ def test_run_length_bombs_are_refused():
 
 
 def test_scan_bombs_are_refused():
-    file = BytesIO()
+    file = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(file, "JPEG", progressive=True)
-    scan = file.getvalue()
-    start, end = scan.rindex(b"\xff\xda"), scan.rindex(b"\xff\xd9")
-    bomb = scan[:end] + 501 * scan[start:end] + scan[end:]
-    with pytest.raises(InvalidImageError, match="scans"):
-        decode(bomb, Limits())
+    whole = file.getvalue()
+    start, end = whole.rindex(b"\xff\xda"), whole.rindex(b"\xff\xd9")
+    assert "scans" in refused(whole[:end] + 501 * whole[start:end] + whole[end:])
 
 
 def test_text_bombs_are_not_unpacked():

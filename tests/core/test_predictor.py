@@ -79,8 +79,8 @@ def template() -> bytes:
 
 def version(number: int = 3, classes: tuple[ClassEntry, ...] = CLASSES) -> bytes:
     rng = np.random.default_rng(number)
-    model = ContinualModel(
-        layers={},
+    model = replace(
+        ContinualModel.untaught({}, EMBEDDING),
         head_weight=rng.normal(size=(len(classes), EMBEDDING)).astype(np.float32),
         head_bias=rng.normal(size=len(classes)).astype(np.float32),
         classes=classes,

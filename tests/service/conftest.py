@@ -224,6 +224,7 @@ def upload(
     return [
         learner_pb.LearnTaskRequest(spec=pb.TaskSpec(**spec)),
         learner_pb.LearnTaskRequest(examples=pb.ExampleBatch(examples=examples)),
+        learner_pb.LearnTaskRequest(end=learner_pb.UploadEnd(example_count=len(examples))),
     ]
 
 

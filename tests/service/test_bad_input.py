@@ -83,8 +83,9 @@ async def assert_unharmed(running: Running) -> None:
 
 @pytest.mark.parametrize("make", IMAGES.values(), ids=IMAGES)
 async def test_images_that_are_not_learned(running: Running, make: Callable[[], bytes]) -> None:
-    batches = upload({"a": [png()] * 40})
-    batches += upload({"b": [png(), make(), png()]})[1:]
+    spec, *begun, _ = upload({"a": [png()] * 40})
+    _, *more = upload({"b": [png(), make(), png()]})
+    batches = [spec, *begun, *more]
     with fails(*IMAGE, field="examples[41].image"):
         await running.learner.LearnTask(batches)
     await assert_unharmed(running)
@@ -161,16 +162,21 @@ async def test_labels(running: Running, label: str) -> None:
 
 SPEC = learner_pb.LearnTaskRequest(spec=pb.TaskSpec())
 NO_EXAMPLES = learner_pb.LearnTaskRequest(examples=pb.ExampleBatch())
-EXAMPLES = upload({"a": [png()]})[1]
+_, EXAMPLES, END = upload({"a": [png()]})
+END_OF_NONE = learner_pb.LearnTaskRequest(end=learner_pb.UploadEnd())
 
 SEQUENCES: dict[str, tuple[list[learner_pb.LearnTaskRequest], str]] = {
     "nothing at all": ([], "spec"),
-    "an empty task": ([SPEC], "examples"),
+    "an empty task": ([SPEC, END_OF_NONE], "examples"),
+    "an upload that broke off": ([SPEC, EXAMPLES], "end"),
+    "an upload that lost a message": ([SPEC, EXAMPLES, EXAMPLES, END], "end.example_count"),
+    "examples after the end": ([SPEC, EXAMPLES, END, EXAMPLES], "payload"),
+    "two ends": ([SPEC, EXAMPLES, END, END], "payload"),
     "an empty batch": ([SPEC, NO_EXAMPLES, EXAMPLES], "examples"),
     "examples first": ([EXAMPLES, SPEC], "spec"),
     "an empty message first": ([learner_pb.LearnTaskRequest(), SPEC, EXAMPLES], "spec"),
-    "an empty message later": ([SPEC, EXAMPLES, learner_pb.LearnTaskRequest()], "payload"),
-    "a second spec": ([SPEC, EXAMPLES, SPEC], "spec"),
+    "an empty message later": ([SPEC, EXAMPLES, learner_pb.LearnTaskRequest(), END], "payload"),
+    "a second spec": ([SPEC, EXAMPLES, SPEC, END], "spec"),
 }
 
 
@@ -226,7 +232,7 @@ async def test_a_full_queue(running: Running, script: Script) -> None:
 
 async def test_a_client_that_is_gone_in_mid_upload(running: Running) -> None:
     call = running.learner.LearnTask()
-    for message in upload({"a": [png()]}, request_id="once"):
+    for message in upload({"a": [png()]}, request_id="once")[:-1]:
         await call.write(message)
     assert call.cancel()
     task = await running.learn({"a": [png()]}, request_id="once")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -128,11 +129,12 @@ async def killed_at(point: str, settings: Settings, script: Script) -> AsyncIter
         script.kill(signal.SIGSTOP)
         process.kill()
         await process.wait()
+    worker = script.pids[-1]
     try:
         yield task.name
     finally:
         with contextlib.suppress(ProcessLookupError):
-            script.kill(signal.SIGKILL)
+            os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("point", ["DECODING", "TRAINING", "PUBLISHING", "LEARNED"])
@@ -176,9 +178,9 @@ async def test_watchers_are_sent_away_and_uploads_are_finished(
     script.kill(signal.SIGSTOP)  # it does not hear of the cancellation
     cancelling = running.learner.CancelTask(learner_pb.CancelTaskRequest(name=task.name))
     uploading = running.learner.LearnTask()
-    spec, examples = upload({"b": [png()]})
-    await uploading.write(spec)
-    await uploading.write(examples)
+    *messages, end = upload({"b": [png()]})
+    for message in messages:
+        await uploading.write(message)
     await running.get(task.name)  # what was sent before has arrived
     health = running.health.Watch(
         health_pb2.HealthCheckRequest(service="inflora.v1.LearnerService")
@@ -191,6 +193,7 @@ async def test_watchers_are_sent_away_and_uploads_are_finished(
     with fails("UNAVAILABLE", "UNAVAILABLE"):
         while True:
             await watching.read()
+    await uploading.write(end)
     await uploading.done_writing()
     accepted = (await uploading).task
     await stopping

@@ -27,6 +27,7 @@ class LearnTaskRequest(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> _task_pb2.TaskSpec:
         """What to learn; exactly once, first."""
@@ -35,21 +36,48 @@ class LearnTaskRequest(_message.Message):
     def examples(self) -> _task_pb2.ExampleBatch:
         """Labelled images."""
 
+    @_builtins.property
+    def end(self) -> Global___UploadEnd:
+        """Nothing is missing; exactly once, last."""
+
     def __init__(
         self,
         *,
         spec: _task_pb2.TaskSpec | None = ...,
         examples: _task_pb2.ExampleBatch | None = ...,
+        end: Global___UploadEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "examples", b"examples", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "examples", b"examples", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["spec", "examples"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["spec", "examples", "end"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___LearnTaskRequest: _TypeAlias = LearnTaskRequest  # noqa: Y015
+
+@_typing.final
+class UploadEnd(_message.Message):
+    """The end of an upload. Without it, a connection that broke could look like a finished upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    example_count: _builtins.int
+    """Examples sent in all."""
+    def __init__(
+        self,
+        *,
+        example_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["example_count", b"example_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadEnd: _TypeAlias = UploadEnd  # noqa: Y015
 
 @_typing.final
 class LearnTaskResponse(_message.Message):

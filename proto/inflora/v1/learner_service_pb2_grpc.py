@@ -73,8 +73,8 @@ class LearnerServiceServicer(object):
     """
 
     def LearnTask(self, request_iterator, context):
-        """Uploads a task: first a spec, then batches of examples. Answers once the task is stored
-        durably and queued; nothing is kept of an upload that does not get that far.
+        """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
+        stored durably and queued; nothing is kept of an upload that does not get that far.
 
         Errors:
         - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.

@@ -38,8 +38,8 @@ class LearnerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LearnerServiceAsyncStub: ...
     LearnTask: _grpc.StreamUnaryMultiCallable[_learner_service_pb2.LearnTaskRequest, _learner_service_pb2.LearnTaskResponse]
-    """Uploads a task: first a spec, then batches of examples. Answers once the task is stored
-    durably and queued; nothing is kept of an upload that does not get that far.
+    """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
+    stored durably and queued; nothing is kept of an upload that does not get that far.
 
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
@@ -93,8 +93,8 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LearnTask: _aio.StreamUnaryMultiCallable[_learner_service_pb2.LearnTaskRequest, _learner_service_pb2.LearnTaskResponse]  # type: ignore[assignment]
-    """Uploads a task: first a spec, then batches of examples. Answers once the task is stored
-    durably and queued; nothing is kept of an upload that does not get that far.
+    """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
+    stored durably and queued; nothing is kept of an upload that does not get that far.
 
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
@@ -151,8 +151,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_learner_service_pb2.LearnTaskRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_learner_service_pb2.LearnTaskResponse, _abc.Awaitable[_learner_service_pb2.LearnTaskResponse]]:
-        """Uploads a task: first a spec, then batches of examples. Answers once the task is stored
-        durably and queued; nothing is kept of an upload that does not get that far.
+        """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
+        stored durably and queued; nothing is kept of an upload that does not get that far.
 
         Errors:
         - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
