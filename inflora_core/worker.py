@@ -22,6 +22,7 @@ at any moment: a version is in the store whole or not at all.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -40,7 +41,12 @@ import torch
 from inflora_core import bundled
 from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
 from inflora_core.config import LearnConfig, Limits
-from inflora_core.errors import CancelledError, InfloraError, LimitExceededError
+from inflora_core.errors import (
+    CancelledError,
+    InfloraError,
+    LimitExceededError,
+    UnavailableError,
+)
 from inflora_core.export import check_parity, export_template
 from inflora_core.graph import materialise
 from inflora_core.images import decode
@@ -192,6 +198,10 @@ def serve(worker: Worker, channel: Channel) -> None:
             _fail(channel, task, LimitExceededError("out of memory; try a smaller batch_size"))
         except InfloraError as error:
             _fail(channel, task, error)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            kind = LimitExceededError if full else UnavailableError
+            _fail(channel, task, kind(f"cannot write to the store: {error}"))
         except Exception as error:  # the worker must outlive any task
             log.exception("task %s failed", task)
             _fail(channel, task, InfloraError(f"{type(error).__name__}: {error}"))

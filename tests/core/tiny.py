@@ -77,7 +77,7 @@ def untaught(backbone: Backbone) -> ContinualModel:
 
 
 def pattern(label: str, number: int, side: int = SIDE) -> NDArray[np.uint8]:
-    """Image ``number`` of a class, (side, side, 3): its colour with stripes, and noise on it.
+    """Image ``number`` of a class, (side, side, 3): its colour in stripes, each in its own light.
 
     ``label`` is a colour, or a colour and anything after a space, which turns the stripes.
     """
@@ -85,8 +85,9 @@ def pattern(label: str, number: int, side: int = SIDE) -> NDArray[np.uint8]:
     rng = np.random.default_rng([COLOURS.index(colour), *rest.encode(), number])
     rows, columns = np.indices((side, side))
     stripes = (rows + columns * (1 + len(rest) % 3) + number) // (2 + sum(rest.encode()) % 3) % 2
-    image = np.array(_RGB[colour]) * (0.6 + 0.4 * stripes[..., None])
-    image = image + rng.normal(0, 12, (side, side, 3))
+    # Images of a class that hardly differ would be told apart with absurd certainty.
+    light = 0.7 * np.array(_RGB[colour]) + 0.3 * rng.uniform(0, 255, 3)
+    image = light * (0.6 + 0.4 * stripes[..., None]) + rng.normal(0, 40, (side, side, 3))
     return image.clip(0, 255).astype(np.uint8)
 
 

@@ -119,14 +119,16 @@ async def killed_at(point: str, settings: Settings, script: Script) -> AsyncIter
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
-    address = (await process.stdout.readline()).decode().strip()
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = learner_service_pb2_grpc.LearnerServiceStub(channel)
-        script.hold(point)
-        task = (await stub.LearnTask(upload({"a": [png()]}))).task
-        await script.reached(point)
-        script.pass_from_now_on(point)
-        script.kill(signal.SIGSTOP)
+    try:
+        address = (await process.stdout.readline()).decode().strip()
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = learner_service_pb2_grpc.LearnerServiceStub(channel)
+            script.hold(point)
+            task = (await stub.LearnTask(upload({"a": [png()]}))).task
+            await script.reached(point)
+            script.pass_from_now_on(point)
+            script.kill(signal.SIGSTOP)
+    finally:
         process.kill()
         await process.wait()
     worker = script.pids[-1]

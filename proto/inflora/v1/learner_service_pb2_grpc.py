@@ -84,6 +84,7 @@ class LearnerServiceServicer(object):
         - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
         queue or the disk is full (a retry later may help).
         - NOT_FOUND: there is no such model.
+        - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
         - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

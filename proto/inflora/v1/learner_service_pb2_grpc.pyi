@@ -49,6 +49,7 @@ class LearnerServiceStub:
     - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
       queue or the disk is full (a retry later may help).
     - NOT_FOUND: there is no such model.
+    - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
     - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
     """
     WatchTask: _grpc.UnaryStreamMultiCallable[_learner_service_pb2.WatchTaskRequest, _learner_service_pb2.WatchTaskResponse]
@@ -104,6 +105,7 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
       queue or the disk is full (a retry later may help).
     - NOT_FOUND: there is no such model.
+    - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
     - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
     """
     WatchTask: _aio.UnaryStreamMultiCallable[_learner_service_pb2.WatchTaskRequest, _learner_service_pb2.WatchTaskResponse]  # type: ignore[assignment]
@@ -162,6 +164,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
           queue or the disk is full (a retry later may help).
         - NOT_FOUND: there is no such model.
+        - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
         - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
         """
 

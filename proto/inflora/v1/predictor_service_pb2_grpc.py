@@ -69,6 +69,7 @@ class PredictorServiceServicer(object):
         - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
         retry helps once a task is published.
         - RESOURCE_EXHAUSTED: the message is over its limit. A retry does not help.
+        - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

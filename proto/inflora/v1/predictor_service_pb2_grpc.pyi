@@ -48,6 +48,7 @@ class PredictorServiceStub:
     - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
       retry helps once a task is published.
     - RESOURCE_EXHAUSTED: the message is over its limit. A retry does not help.
+    - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     PredictStream: _grpc.StreamStreamMultiCallable[_predictor_service_pb2.PredictStreamRequest, _predictor_service_pb2.PredictStreamResponse]
@@ -76,6 +77,7 @@ class PredictorServiceAsyncStub(PredictorServiceStub):
     - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
       retry helps once a task is published.
     - RESOURCE_EXHAUSTED: the message is over its limit. A retry does not help.
+    - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     PredictStream: _aio.StreamStreamMultiCallable[_predictor_service_pb2.PredictStreamRequest, _predictor_service_pb2.PredictStreamResponse]  # type: ignore[assignment]
@@ -107,6 +109,7 @@ class PredictorServiceServicer(metaclass=_abc_1.ABCMeta):
         - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
           retry helps once a task is published.
         - RESOURCE_EXHAUSTED: the message is over its limit. A retry does not help.
+        - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
 

@@ -554,7 +554,7 @@ class Task(_message.Message):
     loss: _builtins.float
     """Mean loss of the steps of the running epoch so far; 0 before training."""
     fraction_done: _builtins.float
-    """Share of the work done, 0 to 1. Never falls."""
+    """Share of the work done, 0 to 1. Falls only when a restart of the server queues the task again."""
     example_count: _builtins.int
     """Images in all."""
     example_bytes: _builtins.int
