@@ -10,7 +10,7 @@ SHELL := bash
 # Variables of the command line: `make demo DATA=folder BACKBONE=name-or-file`.
 # A Python to build the environment with (anything `uv venv --python` takes):
 PYTHON ?= >=3.11
-# More flags for pytest, for example PYTEST="-n 2 -k memory":
+# More flags for pytest, for example PYTEST="-k memory":
 PYTEST ?=
 DATA ?=
 BACKBONE ?=
@@ -71,7 +71,8 @@ venv: $(READY) ## only make the environment, .venv
 
 .PHONY: test
 test: $(READY) ## all tests but the slow ones (PYTEST=flags)
-	$(BIN)/python -m pytest tests -m "not slow" $(PYTEST)
+	@# One process for each processor, and one thread in each: more would only wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n auto --dist loadfile $(PYTEST)
 
 .PHONY: test-golden
 test-golden: $(READY) ## the recorded numbers of the published code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from inflora_core.errors import InvalidInputError
 
@@ -25,7 +25,7 @@ class LearnConfig(BaseModel):
     learning_rate: float = Field(1e-3, gt=0, le=10)
     """Base rate of Adam, for the expansions and the new head."""
     schedule: Literal["cosine", "published"] = "cosine"
-    """``published``: the cosine that lags one epoch (``learner.learning_rates``)."""
+    """``published``: the cosine that lags one epoch (``learner.learning_rate_at``)."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
     shuffle: bool = True
     """Visit the images in a new order in every epoch; without, in the order they came."""
@@ -47,6 +47,12 @@ class LearnConfig(BaseModel):
     head: Literal["trained", "lda"] = "lda"
     """What answers: the heads as each was trained in its task, or linear discriminant analysis
     from the statistics of all classes. The latter keeps tasks apart, too (``heads.py``)."""
+
+    @model_validator(mode="after")
+    def _thresholds_rise(self) -> LearnConfig:
+        if self.threshold_first > min(self.threshold_last, self.threshold_limit):
+            raise ValueError("threshold_first is above threshold_last or threshold_limit")
+        return self
 
     def updated(self, **changes: Any) -> LearnConfig:
         """Return a copy with ``changes`` that are not None, checked.
@@ -114,7 +120,9 @@ class Limits(BaseModel):
     """One gRPC message."""
     predict_images: int = Field(256, ge=1)
     """Images of one Predict call."""
-    task_images: int = Field(1_000_000, ge=1)
-    task_bytes: int = Field(8 * 2**30, ge=1)
+    task_images: int = Field(50_000, ge=1)
+    """The learner holds them all at model size: 7.5 GB at 224 x 224."""
+    task_bytes: int = Field(4 * 2**30, ge=1)
+    """Encoded; the learner holds them while it decodes."""
     task_classes: int = Field(10_000, ge=1)
     queued_tasks: int = Field(100, ge=1)

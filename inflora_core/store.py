@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -46,6 +47,7 @@ from inflora_core.errors import (
     StateError,
     StoreFormatError,
 )
+from inflora_core.graph import materialise
 from inflora_core.merge import merge
 from inflora_core.model import (
     Array,
@@ -58,6 +60,8 @@ from inflora_core.model import (
     Version,
     now,
 )
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 MODEL = "default"
@@ -202,7 +206,9 @@ class Store:
 
     def numbers(self) -> list[int]:
         """Return the numbers of all versions, oldest first."""
-        return sorted(int(folder.name) for folder in self._versions.iterdir())
+        return sorted(
+            int(folder.name) for folder in self._versions.iterdir() if folder.name.isdigit()
+        )
 
     def version(self, number: int) -> Version:
         """Return the manifest of version ``number``.
@@ -220,8 +226,17 @@ class Store:
             raise DamagedError(f"{folder / _MANIFEST} cannot be read: {error}") from error
 
     def version_of_task(self, task: str) -> int | None:
-        """Return the version that ``task`` made, or None. A task makes at most one."""
-        return next((n for n in reversed(self.numbers()) if self.version(n).task == task), None)
+        """Return the version that ``task`` made, or None. A task makes at most one.
+
+        A version whose manifest cannot be read is passed over: it must not end all learning.
+        """
+        for number in reversed(self.numbers()):
+            try:
+                if self.version(number).task == task:
+                    return number
+            except DamagedError as error:
+                log.warning("passing over version %d: %s", number, error)
+        return None
 
     def current(self) -> int | None:
         """Return the number of the current version, or None before the first."""
@@ -307,6 +322,20 @@ class Store:
             class_scatter=head["class_scatter"],
         )
 
+    def rebuild_onnx(self, number: int) -> None:
+        """Make ``model.onnx`` of a version again, from the template and what the task changed.
+
+        Raises:
+            NotFoundError: there is no such version.
+            DamagedError: what it is made from is damaged, or the result is another file.
+        """
+        entry = self.version(number).file(ONNX_FILE)
+        template = self.backbone().template_path.read_bytes()
+        content = materialise(template, self.load_model(number), number)
+        if entry != _entry(ONNX_FILE, content):
+            raise DamagedError(f"{ONNX_FILE} of version {number} is damaged, and cannot be rebuilt")
+        _replace(self._folder(number) / ONNX_FILE, content)
+
     def next_number(self) -> int:
         """Return the number that ``publish`` will give."""
         return max(self.numbers(), default=0) + 1
@@ -370,12 +399,17 @@ class Store:
     def _commit(self, files: Mapping[str, bytes], manifest: bytes, final: Path) -> None:
         draft = self._drafts / uuid.uuid4().hex
         draft.mkdir()
-        for name, data in files.items():
-            _write(draft / name, data)
-        _write(draft / _MANIFEST, manifest)
-        _write(draft / _MANIFEST_SUM, _manifest_sum(manifest))
-        _sync_folder(draft)
-        os.rename(draft, final)
+        try:
+            for name, data in files.items():
+                _write(draft / name, data)
+            _write(draft / _MANIFEST, manifest)
+            _write(draft / _MANIFEST_SUM, _manifest_sum(manifest))
+            _sync_folder(draft)
+            os.rename(draft, final)
+        except OSError:
+            # Half a draft on a full disk would keep it full.
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         _sync_folder(final.parent)
 
 
@@ -441,8 +475,12 @@ def _write(path: Path, data: bytes) -> None:
 
 def _replace(path: Path, data: bytes) -> None:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    _write(draft, data)
-    os.replace(draft, path)
+    try:
+        _write(draft, data)
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

@@ -22,14 +22,17 @@ at any moment: a version is in the store whole or not at all.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,6 +61,12 @@ from inflora_core.store import Store
 
 log = logging.getLogger(__name__)
 
+_LIMITS = Limits()
+"""Images were checked against the server's own limits when they arrived."""
+
+PROGRESS_SECONDS = 0.1
+"""Least time between two reports of the same stage and epoch."""
+
 PARITY_IMAGES = 64
 """Images of a task on which ONNX and torch are compared: enough to see any error of the merge."""
 
@@ -70,6 +79,7 @@ class Worker:
         self._device = device
         self._threads = threads
         self._backbone: Backbone | None = None
+        self._template = b""
         self._newest: ContinualModel | None = None
 
     def prepare(self, source: str, architecture: str | None) -> None:
@@ -90,17 +100,16 @@ class Worker:
             return done
         tracker.start(Stage.DECODING)
         backbone, before = self._load(parent)
-        data, originals = self._decode(spool, backbone, tracker)
+        data, sample = self._decode(spool, backbone, tracker)
         learned = learn_task(before, backbone, data, task, config, tracker)
 
         tracker.start(Stage.EXPORTING)
-        template = self._store.backbone().template_path.read_bytes()
-        onnx = materialise(template, learned.model, self._store.next_number())
+        onnx = materialise(self._template, learned.model, self._store.next_number())
 
         tracker.start(Stage.CHECKING)
-        pixels = backbone.normalise(torch.from_numpy(data.images[: len(originals)]))
+        pixels = backbone.normalise(torch.from_numpy(data.images[list(sample)]))
         with before_merging(backbone, before, learned) as logits:
-            parity = check_parity(onnx, logits, pixels, originals, backbone)
+            parity = check_parity(onnx, logits, pixels, Decoded(sample.values()), backbone)
 
         tracker.start(Stage.PUBLISHING)
         learned = replace(learned, report=replace(learned.report, parity=parity))
@@ -113,33 +122,46 @@ class Worker:
             stored = self._store.backbone()
             backbone = build_backbone(stored.config, self._store.load_weights(stored))
             backbone.module.to(self._device)
-            self._backbone = backbone
+            self._backbone, self._template = backbone, stored.template_path.read_bytes()
         if self._newest is None or self._newest.version != parent:
             self._newest = self._store.load_model(parent)
         return self._backbone, self._newest
 
     def _decode(
         self, spool: Path, backbone: Backbone, tracker: Tracker
-    ) -> tuple[LabelledImages, list[Array]]:
-        """Return the task's images at model size, and the first few as they came."""
+    ) -> tuple[LabelledImages, dict[int, bytes]]:
+        """Return the task's images at model size, and some of every class as they came."""
         examples = list(read_spool(spool))
-        names = tuple(dict.fromkeys(label for _, label in examples))
-        limits = Limits()
-        originals: list[Array] = []
+        positions = {label: i for i, label in enumerate(dict.fromkeys(x for _, x in examples))}
+        labels = np.array([positions[label] for _, label in examples], np.int64)
+        size = backbone.preprocessing
+        pixels = np.empty((len(examples), size.height, size.width, 3), np.uint8)
 
-        def bring_to_size(image: bytes) -> tuple[Array, Array]:
-            original = decode(image, limits)
-            return original, backbone.resize(original)
+        def bring_to_size(index: int) -> None:
+            pixels[index] = backbone.resize(decode(examples[index][0], _LIMITS))
 
-        rows = []
         with ThreadPoolExecutor(self._threads) as pool:
-            for original, resized in pool.map(bring_to_size, [image for image, _ in examples]):
-                if len(originals) < PARITY_IMAGES:
-                    originals.append(original)
-                rows.append(resized)
-                tracker.step(len(rows) / len(examples))
-        labels = np.array([names.index(label) for _, label in examples], np.int64)
-        return LabelledImages(np.stack(rows), labels, names), originals
+            for done, _ in enumerate(pool.map(bring_to_size, range(len(examples))), 1):
+                tracker.step(done / len(examples))
+        # In the order of classes, so that every class has its share whatever order they came in.
+        step = math.ceil(len(examples) / PARITY_IMAGES)
+        sample = {i: examples[i][0] for i in np.argsort(labels, kind="stable")[::step].tolist()}
+        return LabelledImages(pixels, labels, tuple(positions)), sample
+
+
+class Decoded(Sequence[Array]):
+    """Encoded images, each decoded when it is looked at: decoded photos would fill the memory."""
+
+    def __init__(self, encoded: Collection[bytes]) -> None:
+        self._encoded = list(encoded)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._encoded)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the image at ``index``, (h, w, 3) uint8."""
+        return decode(self._encoded[index], _LIMITS)
 
 
 class Channel:
@@ -149,6 +171,7 @@ class Channel:
         self._events = events
         self._todo: queue.Queue[dict[str, Any]] = queue.Queue()
         self._cancelled: set[str] = set()
+        self._reported: tuple[float, Stage | None, int] = (0.0, None, 0)
         threading.Thread(target=self._read, args=(commands,), daemon=True).start()
 
     def send(self, event: str, **fields: Any) -> None:
@@ -166,6 +189,12 @@ class Channel:
         # Not while publishing: the version may be durable already.
         if task in self._cancelled and progress.stage is not Stage.PUBLISHING:
             raise CancelledError("cancelled on request")
+        # Every event wakes the server and all who watch: some a second, and each stage and epoch.
+        since, stage, epoch = self._reported
+        soon = time.monotonic() - since < PROGRESS_SECONDS
+        if soon and (stage, epoch) == (progress.stage, progress.epoch):
+            return
+        self._reported = time.monotonic(), progress.stage, progress.epoch
         self.send("progress", task=task, **asdict(progress))
 
     def _read(self, commands: TextIO) -> None:
@@ -202,9 +231,12 @@ def serve(worker: Worker, channel: Channel) -> None:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             kind = LimitExceededError if full else UnavailableError
             _fail(channel, task, kind(f"cannot write to the store: {error}"))
-        except Exception as error:  # the worker must outlive any task
+        except Exception as error:
             log.exception("task %s failed", task)
             _fail(channel, task, InfloraError(f"{type(error).__name__}: {error}"))
+            # What state this process is in, nobody knows: a CUDA context does not survive some
+            # errors. The server starts another.
+            raise SystemExit(1) from error
 
 
 def learn(worker: Worker, channel: Channel, command: Mapping[str, Any]) -> int:
@@ -232,6 +264,9 @@ def main() -> None:
     os.dup2(2, 1)
     channel = Channel(sys.stdin, events)
     os.nice(10)
+    with contextlib.suppress(OSError):
+        # Should memory run out, this process has to go, not the one that predicts.
+        Path("/proc/self/oom_score_adj").write_text("1000")
     threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     name = args.device

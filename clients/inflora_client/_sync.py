@@ -113,9 +113,10 @@ class Client(ClientBase):
         """Classify images.
 
         Args:
-            images: At least one, of any and mixed sizes; at most 64 MiB in all.
+            images: At least one, of any and mixed sizes; by default the server takes
+                up to 256, and 32 MiB in all.
             top_k: Classes to return for each image, best first.
-            version: The version to answer; None for the current one.
+            version: The version to answer; None or ``"current"`` for the current one.
             task: Where it is known: only the classes of this task compete.
 
         Raises:
@@ -154,7 +155,10 @@ class Client(ClientBase):
         return self._unary(calls.get_version(self._names, version))
 
     def promote(self, version: VersionRef) -> Version:
-        """Make a version current; return it. Rolling back is promoting an older one."""
+        """Make a version current; return it. Rolling back is promoting an older one.
+
+        ``"current"`` is refused: say which.
+        """
         return self._unary(calls.promote_version(self._names, version))
 
     def download(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from inflora_core.errors import DamagedError, StateError
+
+log = logging.getLogger(__name__)
 
 FILE = "backbone-source.json"
 
@@ -52,8 +56,26 @@ _ADAPTER = TypeAdapter(BackboneSource)
 
 
 def remember(store: Path, source: BackboneSource) -> None:
-    """Note what the store's backbone was made from."""
-    (store / FILE).write_bytes(_ADAPTER.dump_json(source, indent=1))
+    """Note what the store's backbone is made from, whole or not at all.
+
+    Replaces an earlier note. Only the server that holds the store's lock may call this.
+    """
+    draft = store / f".{FILE}"
+    try:
+        with draft.open("wb") as file:
+            file.write(_ADAPTER.dump_json(source, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, store / FILE)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(store, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check(store: Path, asked: BackboneSource) -> None:
@@ -66,7 +88,12 @@ def check(store: Path, asked: BackboneSource) -> None:
     try:
         noted = _ADAPTER.validate_json((store / FILE).read_bytes())
     except FileNotFoundError:
-        return  # the store was made by other means; nothing is known
+        log.warning(
+            "the store %s was made by other means: whether its backbone is %r cannot be told",
+            store,
+            asked.source,
+        )
+        return
     except ValidationError as error:
         raise DamagedError(f"{store / FILE} cannot be read: {error}") from error
     if not noted.is_same(asked):

@@ -6,14 +6,20 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Literal, get_args
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2 as pb
-from inflora_core.config import LearnConfig
-from inflora_core.errors import ERRORS_BY_REASON, InfloraError, InvalidInputError
+from inflora_core.config import LearnConfig, Limits
+from inflora_core.errors import (
+    ERRORS_BY_REASON,
+    InfloraError,
+    InvalidInputError,
+    LimitExceededError,
+)
 from inflora_core.model import (
     Failure,
     FileEntry,
@@ -34,6 +40,27 @@ MAX_REQUEST_ID = 128
 
 _SETTINGS: tuple[_Setting, ...] = get_args(_Setting)
 """What a spec may set: fields of ``TaskSpec`` and of ``LearnConfig`` alike."""
+
+
+def receive_bytes(limits: Limits) -> int:
+    """Return above which size grpc refuses a message unread, and without details.
+
+    Twice our own limit, so that whoever is moderately over it is told so by ``check_size``.
+    """
+    return min(2 * limits.message_bytes, 2**31 - 1)
+
+
+def check_size(message: Message, limits: Limits, *, field: str) -> None:
+    """Refuse a message over its limit.
+
+    Raises:
+        LimitExceededError: it is; ``field`` is what makes it large.
+    """
+    if message.ByteSize() > limits.message_bytes:
+        raise LimitExceededError(
+            f"a message has at most {limits.message_bytes} bytes: send several smaller ones",
+            field=field,
+        )
 
 
 def decode_spec(spec: pb.TaskSpec, config: LearnConfig) -> TaskRequest:

@@ -11,7 +11,7 @@ from typing import Any, Never, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -72,6 +72,8 @@ def from_exception(error: Exception) -> errors.InfloraError:
     """Return what a client may know of ``error``; what it may not is logged under an id."""
     if isinstance(error, errors.InfloraError):
         return error
+    if isinstance(error, DecodeError):
+        return errors.InvalidInputError("the message cannot be decoded; is it of this contract?")
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         log.error("the disk is full: %s", error)
         return errors.LimitExceededError("the server's disk is full; retry later")
@@ -129,10 +131,18 @@ def _guarded(handler: Any) -> Handler:
     ]
     kind = "_".join(kinds)
     guard = _guard_stream if handler.response_streaming else _guard_unary
+    behaviour, decode = getattr(handler, kind), handler.request_deserializer
+    if not handler.request_streaming:
+        # Else grpc decodes before the guard, and answers a failure with a status of its own.
+        behaviour, decode = _decoding(behaviour, decode), None
     guarded: Handler = getattr(grpc, f"{kind}_rpc_method_handler")(
-        guard(getattr(handler, kind)), handler.request_deserializer, handler.response_serializer
+        guard(behaviour), decode, handler.response_serializer
     )
     return guarded
+
+
+def _decoding(behaviour: Callable[..., Any], decode: Callable[[bytes], Any]) -> Callable[..., Any]:
+    return lambda request, context: behaviour(decode(request), context)
 
 
 def _guard_unary(behaviour: Callable[..., Any]) -> Callable[[Any, Context], Awaitable[Any]]:

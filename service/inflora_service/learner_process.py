@@ -52,6 +52,7 @@ class _Job:
         on_progress: Told of every progress event.
         sent: Whether the present worker got it.
         attempts: How many workers got it.
+        cancelled: Somebody asked for it to be given up.
         progress: The last one reported, None before the first.
     """
 
@@ -60,6 +61,7 @@ class _Job:
     result: asyncio.Future[int | None] = field(default_factory=asyncio.Future)
     sent: bool = False
     attempts: int = 0
+    cancelled: bool = False
     progress: Progress | None = None
 
     @property
@@ -155,6 +157,7 @@ class LearnerProcess:
         """Ask for ``task`` to be given up; ``learn`` raises ``CancelledError`` if it is."""
         if self._job is None or self._job.task != task:
             return
+        self._job.cancelled = True
         if self._job.sent:
             self._send({"command": "cancel", "task": task})
         else:
@@ -245,6 +248,10 @@ class LearnerProcess:
             if job.task is None and self._deaths_unready >= UNHEALTHY_AFTER:
                 # The server waits for this before it serves at all, so it must hear of it.
                 self._finish(LearnerCrashedError(f"the learning worker {ended} on its start"))
+            return
+        if job.progress is None and job.cancelled:
+            # It had not begun, and the next worker would not know that it was given up.
+            self._finish(CancelledError("cancelled on request"))
             return
         if job.progress is None and job.attempts == 1:
             # It may have died before it read the command: not the job's fault, so far.

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from inflora.v1 import learner_service_pb2 as pb
 from inflora.v1 import learner_service_pb2_grpc
-from inflora_core.config import LearnConfig
+from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import InvalidInputError
 from inflora_service import codec, names
 from inflora_service.errors import Context, fields_under
@@ -17,9 +17,10 @@ from inflora_service.tasks import TaskQueue
 class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     """Handlers; ``ErrorInterceptor`` turns what they raise into a status."""
 
-    def __init__(self, tasks: TaskQueue, config: LearnConfig) -> None:
+    def __init__(self, tasks: TaskQueue, config: LearnConfig, limits: Limits) -> None:
         self._tasks = tasks
         self._config = config
+        self._limits = limits
 
     async def LearnTask(
         self, request_iterator: AsyncIterator[pb.LearnTaskRequest], context: Context
@@ -35,6 +36,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             async for message in request_iterator:
                 if ended:
                     raise InvalidInputError("nothing may follow the end", field="payload")
+                codec.check_size(message, self._limits, field="examples")
                 match message.WhichOneof("payload"):
                     case "examples":
                         await upload.add(codec.decode_examples(message.examples))

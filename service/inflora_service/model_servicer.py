@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from itertools import islice
 
 from inflora.v1 import model_service_pb2 as pb
 from inflora.v1 import model_service_pb2_grpc
-from inflora_core.errors import NotFoundError
+from inflora_core.errors import DamagedError, NotFoundError
 from inflora_core.model import Version
 from inflora_core.store import ONNX_FILE, Store
 from inflora_service import codec, names
 from inflora_service.artifacts import read_artifact
 from inflora_service.errors import Context
 from inflora_service.serving import ModelHost
+
+log = logging.getLogger(__name__)
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
@@ -70,12 +74,16 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 response = pb.DownloadArtifactResponse()
 
     def _newest(self, page: names.Page) -> list[tuple[int, Version]]:
-        numbers = [
-            number
-            for number in reversed(self._store.numbers())
-            if page.before is None or number < page.before
-        ]
-        return [(number, self._store.version(number)) for number in numbers[: page.size + 1]]
+        return list(islice(self._readable(page.before), page.size + 1))
+
+    def _readable(self, before: int | None) -> Iterator[tuple[int, Version]]:
+        """Yield versions, newest first; one whose manifest is damaged hides none of the others."""
+        for number in reversed(self._store.numbers()):
+            if before is None or number < before:
+                try:
+                    yield number, self._store.version(number)
+                except (DamagedError, NotFoundError) as error:
+                    log.warning("version %d is not listed: %s", number, error)
 
     async def _version(self, name: str) -> Version:
         number = names.parse_version_or_current(name, field="name")

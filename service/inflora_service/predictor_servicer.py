@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 from inflora.v1 import predictor_service_pb2 as pb
 from inflora.v1 import predictor_service_pb2_grpc
+from inflora_core.config import Limits
 from inflora_core.errors import InvalidInputError, StateError
 from inflora_service import codec, names
 from inflora_service.errors import Context, fields_under
@@ -16,9 +17,10 @@ from inflora_service.tasks import TaskQueue
 class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
     """Handlers; ``ErrorInterceptor`` turns what they raise into a status."""
 
-    def __init__(self, host: ModelHost, tasks: TaskQueue) -> None:
+    def __init__(self, host: ModelHost, tasks: TaskQueue, limits: Limits) -> None:
         self._host = host
         self._tasks = tasks
+        self._limits = limits
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Classify images."""
@@ -34,11 +36,15 @@ class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
             yield pb.PredictStreamResponse(response=response, correlation_id=message.correlation_id)
 
     async def _predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
+        codec.check_size(request, self._limits, field="images")
         names.check_model(request.model, field="model")
         if request.top_k < 0:
             raise InvalidInputError(f"it is {request.top_k}, but at least 0", field="top_k")
-        version = names.parse_version(request.version, field="version") if request.version else None
-        task = names.parse_task(request.task, field="task") if request.task else None
+        version, task = None, None
+        if request.version:
+            version = names.parse_version_or_current(request.version, field="version")
+        if request.task:
+            task = names.parse_task(request.task, field="task")
         try:
             with fields_under("", name="version"):
                 answer = await self._host.predict(

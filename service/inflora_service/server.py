@@ -32,6 +32,7 @@ from inflora_core.predictor import RuntimeOptions
 from inflora_core.store import Store
 from inflora_service import backbone_source
 from inflora_service.backbone_source import BackboneSource
+from inflora_service.codec import receive_bytes
 from inflora_service.errors import ErrorInterceptor
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
@@ -177,7 +178,7 @@ class Server:
             options=[
                 # Two servers on one port would share its connections at random.
                 ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", settings.limits.message_bytes),
+                ("grpc.max_receive_message_length", receive_bytes(settings.limits)),
             ],
         )
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -201,8 +202,9 @@ class Server:
     async def _make_backbone(self, store: Store, learner: LearnerProcess) -> None:
         asked = await asyncio.to_thread(self._asked_backbone)
         log.info("making a store with the backbone %s in %s", asked.source, store.root)
-        await learner.prepare(asked.source, asked.architecture)
+        # Before there is one: a store that has a backbone knows of which it is, whatever happens.
         await asyncio.to_thread(backbone_source.remember, store.root, asked)
+        await learner.prepare(asked.source, asked.architecture)
 
     def _check_backbone(self, store: Store) -> None:
         """See that the store's backbone is sound, and the one asked for if one is."""
@@ -218,10 +220,10 @@ class Server:
         self, server: grpc.aio.Server, store: Store, host: ModelHost, tasks: TaskQueue
     ) -> None:
         learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(
-            LearnerServicer(tasks, self._settings.learn), server
+            LearnerServicer(tasks, self._settings.learn, self._settings.limits), server
         )
         predictor_service_pb2_grpc.add_PredictorServiceServicer_to_server(
-            PredictorServicer(host, tasks), server
+            PredictorServicer(host, tasks, self._settings.limits), server
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(store, host), server

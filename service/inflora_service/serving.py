@@ -15,6 +15,7 @@ import numpy as np
 from inflora_core.config import Limits
 from inflora_core.errors import (
     DamagedError,
+    InfloraError,
     InvalidInputError,
     LimitExceededError,
     NotFoundError,
@@ -88,9 +89,12 @@ class ModelHost:
         self._on_serving = on_serving
         self._current: Loaded | None = None
         self._fault: DamagedError | None = None
+        self._sound = asyncio.Event()
         self._pinned: OrderedDict[int, Loaded] = OrderedDict()
         self._loading: dict[int, asyncio.Task[Loaded]] = {}
         self._swap = asyncio.Lock()
+        # One at a time: a version that is being loaded takes several times the memory of its file.
+        self._loader = ThreadPoolExecutor(1, "version-load")
         self._decoders = ThreadPoolExecutor(processors(), "predict-decode")
         self._classifiers = ThreadPoolExecutor(_CLASSIFY_THREADS, "predict-classify")
 
@@ -107,6 +111,7 @@ class ModelHost:
             if number is not None:
                 self._current = await self._get(number)
                 self._on_serving()
+            self._sound.set()
         except (DamagedError, NotFoundError) as error:
             log.critical("the current version cannot be loaded; promote another: %s", error)
             self._fault = DamagedError(
@@ -115,6 +120,7 @@ class ModelHost:
 
     def close(self) -> None:
         """Let the threads go once they are idle."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._classifiers.shutdown(wait=False, cancel_futures=True)
 
@@ -139,6 +145,10 @@ class ModelHost:
         if self._fault is not None:
             raise self._fault
         return self._current.labels if self._current else frozenset()
+
+    async def wait_sound(self) -> None:
+        """Wait until ``current`` and ``known_labels`` can be told: for good, once they can."""
+        await self._sound.wait()
 
     def is_current(self, number: int) -> bool:
         """Whether version ``number`` answers calls that name none."""
@@ -166,6 +176,7 @@ class ModelHost:
             await asyncio.to_thread(self._store.set_current, number)
             # Running calls hold the version they began with; it goes when the last of them ends.
             self._current, self._fault = loaded, None
+            self._sound.set()
             self._pinned.pop(number, None)
             self._on_serving()
         log.info("version %d is current", number)
@@ -234,7 +245,7 @@ class ModelHost:
             self._pinned.move_to_end(number)
             return self._pinned[number]
         if number not in self._loading:
-            loading = asyncio.create_task(asyncio.to_thread(self._load, number))
+            loading = asyncio.create_task(self._load_in_turn(number))
             self._loading[number] = loading
             loading.add_done_callback(lambda _: self._loading.pop(number))
         # Others may wait for it, too: a caller that is cancelled does not end it.
@@ -248,8 +259,28 @@ class ModelHost:
         while len(self._pinned) > PINNED_VERSIONS:
             self._pinned.popitem(last=False)
 
+    async def _load_in_turn(self, number: int) -> Loaded:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._loader, self._load, number)
+
     def _load(self, number: int) -> Loaded:
-        version = self._store.verify(number)
+        version = self._verified(number)
         predictor = Predictor.load(self._store.path(number, ONNX_FILE), self._options)
         predictor.warm_up()
         return Loaded(version, predictor, frozenset(entry.label for entry in version.classes))
+
+    def _verified(self, number: int) -> Version:
+        """Return a version's manifest once all its files are sound.
+
+        The ONNX file is derived from the others, and made again if it alone is damaged.
+        """
+        try:
+            return self._store.verify(number)
+        except DamagedError as error:
+            log.warning("trying to rebuild %s of version %d: %s", ONNX_FILE, number, error)
+            try:
+                self._store.rebuild_onnx(number)
+            except (InfloraError, OSError) as cause:
+                log.warning("version %d cannot be rebuilt: %s", number, cause)
+                raise error from cause
+        return self._store.verify(number)

@@ -338,7 +338,11 @@ class TaskQueue:
             await self._guarded(live, self._learn(live))
 
     async def _head(self) -> _Live:
-        """Return the next task, off the queue, once there is a worker that can begin with it."""
+        """Return the next task, off the queue, once there is a worker that can begin with it.
+
+        And a version to build on: a damaged one is no fault of the tasks, which would fail of it.
+        """
+        await self._host.wait_sound()
         while True:
             await self._learner.wait_ready()
             if self._queue:

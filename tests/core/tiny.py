@@ -76,17 +76,18 @@ def untaught(backbone: Backbone) -> ContinualModel:
     return ContinualModel.untaught(layers, backbone.config.embedding_size)
 
 
-def pattern(label: str, number: int, side: int = SIDE) -> NDArray[np.uint8]:
+def pattern(label: str, number: int, side: int = SIDE, variety: float = 0.3) -> NDArray[np.uint8]:
     """Image ``number`` of a class, (side, side, 3): its colour in stripes, each in its own light.
 
     ``label`` is a colour, or a colour and anything after a space, which turns the stripes.
+    ``variety`` is the share of the light. Images of a class that hardly differ would be told apart
+    with absurd certainty, by logits of many thousands.
     """
     colour, _, rest = label.partition(" ")
     rng = np.random.default_rng([COLOURS.index(colour), *rest.encode(), number])
     rows, columns = np.indices((side, side))
     stripes = (rows + columns * (1 + len(rest) % 3) + number) // (2 + sum(rest.encode()) % 3) % 2
-    # Images of a class that hardly differ would be told apart with absurd certainty.
-    light = 0.7 * np.array(_RGB[colour]) + 0.3 * rng.uniform(0, 255, 3)
+    light = (1 - variety) * np.array(_RGB[colour]) + variety * rng.uniform(0, 255, 3)
     image = light * (0.6 + 0.4 * stripes[..., None]) + rng.normal(0, 40, (side, side, 3))
     return image.clip(0, 255).astype(np.uint8)
 
@@ -100,18 +101,20 @@ def images(labels: Iterable[str], each: int, *, first: int = 0) -> LabelledImage
     return LabelledImages(np.array(pixels, np.uint8).reshape(shape), classes, names)
 
 
-def png(label: str, number: int, side: int = SIDE) -> bytes:
+def png(label: str, number: int, side: int = SIDE, variety: float = 0.3) -> bytes:
     """Return image ``number`` of a class as a file."""
     file = io.BytesIO()
-    Image.fromarray(pattern(label, number, side)).save(file, "PNG")
+    Image.fromarray(pattern(label, number, side, variety)).save(file, "PNG")
     return file.getvalue()
 
 
-def write_spool(folder: Path, labels: Iterable[str], each: int, side: int = SIDE) -> Path:
+def write_spool(
+    folder: Path, labels: Iterable[str], each: int, side: int = SIDE, variety: float = 0.3
+) -> Path:
     """Write a spool of ``each`` images of every class, and return its folder."""
     with SpoolWriter(folder) as spool:
         for label in labels:
             for number in range(each):
-                spool.add(png(label, number, side), label)
+                spool.add(png(label, number, side, variety), label)
         spool.finish()
     return folder

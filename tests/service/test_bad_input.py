@@ -211,13 +211,41 @@ async def test_a_task_over_its_limits(
 
 
 async def test_a_message_over_its_limit(running: Running) -> None:
+    image = bytes(2**20)
+    predict = predictor_pb.PredictRequest(images=[image])
+    with fails(*LIMIT, field="examples"):
+        await running.learn({"a": [image]})
+    with fails(*LIMIT, field="images"):
+        await running.predictor.Predict(predict)
+    requests = [predictor_pb.PredictStreamRequest(request=predict)]
+    with fails(*LIMIT, field="request.images"):
+        async for _ in running.predictor.PredictStream(requests):
+            pass
+    await assert_unharmed(running)
+
+
+async def test_a_message_over_twice_its_limit(running: Running) -> None:
     # grpc itself refuses it, unread, with its own status.
+    image = bytes(2 * 2**20)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await running.learn({"a": [bytes(2 * 2**20)]})
+        await running.learn({"a": [image]})
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await running.predictor.Predict(predictor_pb.PredictRequest(images=[bytes(2 * 2**20)]))
+        await running.predictor.Predict(predictor_pb.PredictRequest(images=[image]))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await assert_unharmed(running)
+
+
+async def test_a_message_that_cannot_be_decoded(running: Running) -> None:
+    predict = running.channel.unary_unary("/inflora.v1.PredictorService/Predict")
+    watch = running.channel.unary_stream("/inflora.v1.LearnerService/WatchTask")
+    learn = running.channel.stream_unary("/inflora.v1.LearnerService/LearnTask")
+    with fails(*INVALID):
+        await predict(b"\xff")
+    with fails(*INVALID):
+        await watch(b"\xff").read()
+    with fails(*INVALID):
+        await learn([b"\xff"])
     await assert_unharmed(running)
 
 
@@ -332,7 +360,6 @@ PREDICTS: dict[str, tuple[dict[str, Any], tuple[str, str], str]] = {
     "no model's name": ({"model": "default"}, INVALID, "model"),
     "unknown model": ({"model": "models/other"}, NOT_FOUND, "model"),
     "no version's name": ({"version": "1"}, INVALID, "version"),
-    "no fixed version": ({"version": "models/default/versions/current"}, INVALID, "version"),
     "unknown version": ({"version": "models/default/versions/9"}, NOT_FOUND, "version"),
     "no task's name": ({"task": "a"}, INVALID, "task"),
     "unknown task": ({"task": "models/default/tasks/unknown"}, NOT_FOUND, "task"),

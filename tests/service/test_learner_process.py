@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
+from inflora_core.config import LearnConfig
+from inflora_core.errors import CancelledError
 from inflora_service import learner_process
 from inflora_service.learner_process import LearnerProcess
 
@@ -18,6 +21,12 @@ ENDS_NEVER = (
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print('{"event": "ready"}', flush=True)
 time.sleep(1000)""",
+)
+ENDS_AFTER_TWO_COMMANDS = (
+    *(sys.executable, "-S", "-E", "-c"),
+    """import sys
+print('{"event": "ready"}', flush=True)
+sys.stdin.readline(), sys.stdin.readline()""",
 )
 
 
@@ -49,3 +58,23 @@ async def test_a_worker_that_does_not_end_by_itself_is_killed(
     await learner.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_a_cancelled_job_is_not_given_to_the_next_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The worker dies of job and cancellation, before it said anything of either."""
+    monkeypatch.setattr(learner_process, "RESTART_DELAYS", (0.0,))
+    learner = LearnerProcess(ENDS_AFTER_TWO_COMMANDS)
+    learner.start()
+    try:
+        await learner.wait_ready()
+        job = learner.learn("task", Path("spool"), LearnConfig(), None, lambda progress: None)
+        learning = asyncio.create_task(job)
+        await asyncio.sleep(0)  # the job is sent
+        learner.cancel("task")
+        async with asyncio.timeout(30):
+            with pytest.raises(CancelledError):
+                await learning
+    finally:
+        await learner.stop()

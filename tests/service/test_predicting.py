@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -78,6 +79,35 @@ async def test_a_version_that_is_asked_for_by_number(running: Running) -> None:
         response = await predict(running, png((0, 255, 40)), version=name)
         assert response.version == name
         assert best(response) == [expected] if number > 1 else best(response)
+
+
+async def test_the_current_version_by_its_name(running: Running) -> None:
+    name = "models/default/versions/current"
+    assert (await predict(running, png(), version=name)).version == "models/default/versions/3"
+    await running.server.host.promote(2)
+    assert (await predict(running, png(), version=name)).version == "models/default/versions/2"
+
+
+async def test_versions_are_loaded_one_at_a_time(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, loading, most = running.server.host, 0, 0
+    load = host._load
+
+    def counted(number: int) -> serving.Loaded:
+        nonlocal loading, most
+        loading += 1
+        most = max(most, loading)
+        time.sleep(0.05)  # time enough for another
+        loaded = load(number)
+        loading -= 1
+        return loaded
+
+    monkeypatch.setattr(host, "_load", counted)
+    names = [f"models/default/versions/{number}" for number in (1, 2, 1)]
+    answers = await asyncio.gather(*(predict(running, png(), version=name) for name in names))
+    assert [answer.version for answer in answers] == names
+    assert most == 1
 
 
 async def test_few_versions_stay_loaded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,14 @@ from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2 as pb
 from inflora_core.errors import (
     DamagedError,
+    InfloraError,
     StateError,
     StoreFormatError,
     UnavailableError,
 )
 from inflora_core.store import Store
-from inflora_service import learner_process, store_lock
+from inflora_service import backbone_source, learner_process, store_lock
+from inflora_service.backbone_source import BackboneSource
 from inflora_service.server import Settings
 from tests.service.conftest import GREEN, RED, Running, Script, fails, png, upload
 from tests.service.test_bad_input import publish
@@ -266,7 +268,101 @@ async def test_another_backbone_than_the_store_s(
             await start(store=store, backbone=backbone)
 
 
+async def test_a_backbone_is_noted_before_there_is_one(
+    start: Callable[..., Any], script: Script, tmp_path: Path
+) -> None:
+    store = tmp_path / "new"
+    # Just after the worker gave the store its backbone, as if the server had died there.
+    script.then("PREPARE", do="fail", reason="INTERNAL", message="the end", field="")
+    with pytest.raises(InfloraError, match="the end"):
+        await start(store=store, backbone="first")
+    assert Store.open(store).has_backbone()
+    with pytest.raises(StateError, match="first"):
+        await start(store=store, backbone="second")
+    await start(store=store, backbone="first")
+
+
+def test_a_note_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (BackboneSource(name, None, "") for name in ("first", "second"))
+    backbone_source.remember(tmp_path, first)
+
+    def fail(*paths: object) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(backbone_source.os, "replace", fail)
+        with pytest.raises(OSError, match="gone"):
+            backbone_source.remember(tmp_path, second)
+    backbone_source.check(tmp_path, first)
+    assert [path.name for path in tmp_path.iterdir()] == [backbone_source.FILE]
+    backbone_source.remember(tmp_path, second)
+    with pytest.raises(StateError, match="second"):
+        backbone_source.check(tmp_path, first)
+
+
 # -- a damaged version --------------------------------------------------------------------------
+
+
+def damage(root: Path, number: int, name: str) -> Path:
+    """Cut a file of a version short; return its path."""
+    path = Store.open(root).path(number, name)
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+async def test_queued_tasks_outlive_a_damaged_current_version(
+    start: Callable[..., Any], settings: Settings, script: Script
+) -> None:
+    publish(settings.store, red=RED)
+    number = publish(settings.store, green=GREEN)
+    running: Running = await start()
+    script.hold("DECODING")
+    tasks = [await running.learn({label: [png()]}) for label in "ab"]
+    await script.reached("DECODING")
+    await running.server.stop()
+    damage(settings.store, number, "head.safetensors")
+
+    script.pass_from_now_on("DECODING")
+    running = await start()
+    await running.server.tasks._learner.wait_ready()
+    await asyncio.sleep(0.1)  # time enough to fail
+    for task in tasks:
+        assert (await running.get(task.name)).state == pb.TASK_STATE_QUEUED
+    promote = model_pb.PromoteVersionRequest(name="models/default/versions/1")
+    await running.model.PromoteVersion(promote)
+    for task in tasks:
+        assert (await running.ended(task.name)).state == pb.TASK_STATE_PUBLISHED
+    version = running.store.version(3)
+    assert (version.parent, [c.label for c in version.classes]) == (1, ["red", "a"])
+
+
+async def test_a_damaged_onnx_file_is_made_again(
+    start: Callable[..., Any], settings: Settings
+) -> None:
+    publish(settings.store, red=RED)
+    number = publish(settings.store, green=GREEN)
+    path = Store.open(settings.store).path(number, "model.onnx")
+    content = path.read_bytes()
+    damage(settings.store, number, "model.onnx")
+    Store.open(settings.store).path(1, "model.onnx").unlink()
+    running: Running = await start()
+    assert path.read_bytes() == content
+    for name in ("models/default/versions/2", "models/default/versions/1"):
+        request = predictor_pb.PredictRequest(images=[png()], version=name)
+        assert (await running.predictor.Predict(request)).version == name
+
+
+async def test_an_onnx_file_that_cannot_be_made_again(
+    start: Callable[..., Any], settings: Settings
+) -> None:
+    number = publish(settings.store, red=RED)
+    for name in ("model.onnx", "head.safetensors"):
+        damage(settings.store, number, name)
+    running: Running = await start()
+    with fails("DATA_LOSS", "DAMAGED"):
+        await running.predictor.Predict(predictor_pb.PredictRequest(images=[png()]))
 
 
 async def test_with_a_damaged_current_version_another_can_be_promoted(
@@ -274,8 +370,7 @@ async def test_with_a_damaged_current_version_another_can_be_promoted(
 ) -> None:
     publish(settings.store, red=RED)
     number = publish(settings.store, green=GREEN)
-    path = Store.open(settings.store).path(number, "model.onnx")
-    path.write_bytes(path.read_bytes()[:-1])
+    damage(settings.store, number, "head.safetensors")
     running: Running = await start()
     assert await running.serving("inflora.v1.PredictorService") == "NOT_SERVING"
     request = predictor_pb.PredictRequest(images=[png()])

@@ -130,17 +130,32 @@ async def test_a_download_that_broke_off_goes_on(
         assert b"".join(message.data for message in rest) == content[offset:]
 
 
+async def test_a_damaged_manifest_hides_no_other_version(running: Running) -> None:
+    manifest = running.settings.store / "models/default/versions/00000002/manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-1])
+    listed, token = [], ""
+    for _ in range(2):
+        page = await running.model.ListVersions(
+            pb.ListVersionsRequest(page_size=1, page_token=token)
+        )
+        listed += [version.name for version in page.versions]
+        token = page.next_page_token
+    assert (listed, token) == ([name_of(3), name_of(1)], "")
+    with fails("DATA_LOSS", "DAMAGED"):
+        await get(running, 2)
+
+
 async def test_a_damaged_file_is_not_handed_out(running: Running) -> None:
-    path = Store.open(running.settings.store).path(2, "model.onnx")
+    path = Store.open(running.settings.store).path(2, "head.safetensors")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with fails("DATA_LOSS", "DAMAGED"):
-        await download(running, name=name_of(2))
+        await download(running, name=name_of(2), artifact=path.name)
     with fails("DATA_LOSS", "DAMAGED"):
         await running.model.PromoteVersion(pb.PromoteVersionRequest(name=name_of(2)))
     path.unlink()
     with fails("DATA_LOSS", "DAMAGED"):
-        await download(running, name=name_of(2))
+        await download(running, name=name_of(2), artifact=path.name)
     assert (await get(running, "current")).name == name_of(3)
     assert await download(running, name=name_of(1))

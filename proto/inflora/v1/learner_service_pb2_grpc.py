@@ -28,8 +28,10 @@ if _version_not_supported:
 class LearnerServiceStub(object):
     """Teaches the model new classes. One task is learned at a time, first come first served.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     def __init__(self, channel):
@@ -68,13 +70,18 @@ class LearnerServiceStub(object):
 class LearnerServiceServicer(object):
     """Teaches the model new classes. One task is learned at a time, first come first served.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     def LearnTask(self, request_iterator, context):
         """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
         stored durably and queued; nothing is kept of an upload that does not get that far.
+
+        Limits, unless the server is set to others: 32 MiB a message; an image as in `Example`; 50000
+        images, 4 GiB of encoded images and 10000 classes a task; 100 tasks in the queue.
 
         Errors:
         - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
@@ -83,8 +90,9 @@ class LearnerServiceServicer(object):
         not help.
         - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
         queue or the disk is full (a retry later may help).
-        - NOT_FOUND: there is no such model.
+        - NOT_FOUND: there is no such model. A retry does not help.
         - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -98,6 +106,7 @@ class LearnerServiceServicer(object):
         Errors:
         - INVALID_ARGUMENT: the name is not a task's name. A retry does not help.
         - NOT_FOUND: there is no such task. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -117,8 +126,9 @@ class LearnerServiceServicer(object):
         """Returns tasks, newest first, in pages.
 
         Errors:
-        - INVALID_ARGUMENT: page_size or page_token is not acceptable. A retry does not help.
+        - INVALID_ARGUMENT: parent, page_size or page_token is not acceptable. A retry does not help.
         - NOT_FOUND: there is no such model. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -130,7 +140,7 @@ class LearnerServiceServicer(object):
         otherwise meanwhile. Cancelling a cancelled task returns it.
 
         Errors:
-        - INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE: as WatchTask.
+        - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
         - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
         not help.
         """
@@ -177,8 +187,10 @@ def add_LearnerServiceServicer_to_server(servicer, server):
 class LearnerService(object):
     """Teaches the model new classes. One task is learned at a time, first come first served.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     @staticmethod

@@ -29,8 +29,10 @@ GRPC_VERSION: str
 class LearnerServiceStub:
     """Teaches the model new classes. One task is learned at a time, first come first served.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     @_typing.overload
@@ -41,6 +43,9 @@ class LearnerServiceStub:
     """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
     stored durably and queued; nothing is kept of an upload that does not get that far.
 
+    Limits, unless the server is set to others: 32 MiB a message; an image as in `Example`; 50000
+    images, 4 GiB of encoded images and 10000 classes a task; 100 tasks in the queue.
+
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
     - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
@@ -48,8 +53,9 @@ class LearnerServiceStub:
       not help.
     - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
       queue or the disk is full (a retry later may help).
-    - NOT_FOUND: there is no such model.
+    - NOT_FOUND: there is no such model. A retry does not help.
     - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
     """
     WatchTask: _grpc.UnaryStreamMultiCallable[_learner_service_pb2.WatchTaskRequest, _learner_service_pb2.WatchTaskResponse]
@@ -59,6 +65,7 @@ class LearnerServiceStub:
     Errors:
     - INVALID_ARGUMENT: the name is not a task's name. A retry does not help.
     - NOT_FOUND: there is no such task. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     GetTask: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.GetTaskRequest, _learner_service_pb2.GetTaskResponse]
@@ -70,8 +77,9 @@ class LearnerServiceStub:
     """Returns tasks, newest first, in pages.
 
     Errors:
-    - INVALID_ARGUMENT: page_size or page_token is not acceptable. A retry does not help.
+    - INVALID_ARGUMENT: parent, page_size or page_token is not acceptable. A retry does not help.
     - NOT_FOUND: there is no such model. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     CancelTask: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.CancelTaskRequest, _learner_service_pb2.CancelTaskResponse]
@@ -79,7 +87,7 @@ class LearnerServiceStub:
     otherwise meanwhile. Cancelling a cancelled task returns it.
 
     Errors:
-    - INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE: as WatchTask.
+    - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
     - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
       not help.
     """
@@ -88,14 +96,19 @@ class LearnerServiceStub:
 class LearnerServiceAsyncStub(LearnerServiceStub):
     """Teaches the model new classes. One task is learned at a time, first come first served.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LearnTask: _aio.StreamUnaryMultiCallable[_learner_service_pb2.LearnTaskRequest, _learner_service_pb2.LearnTaskResponse]  # type: ignore[assignment]
     """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
     stored durably and queued; nothing is kept of an upload that does not get that far.
+
+    Limits, unless the server is set to others: 32 MiB a message; an image as in `Example`; 50000
+    images, 4 GiB of encoded images and 10000 classes a task; 100 tasks in the queue.
 
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
@@ -104,8 +117,9 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
       not help.
     - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
       queue or the disk is full (a retry later may help).
-    - NOT_FOUND: there is no such model.
+    - NOT_FOUND: there is no such model. A retry does not help.
     - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
     """
     WatchTask: _aio.UnaryStreamMultiCallable[_learner_service_pb2.WatchTaskRequest, _learner_service_pb2.WatchTaskResponse]  # type: ignore[assignment]
@@ -115,6 +129,7 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     Errors:
     - INVALID_ARGUMENT: the name is not a task's name. A retry does not help.
     - NOT_FOUND: there is no such task. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     GetTask: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.GetTaskRequest, _learner_service_pb2.GetTaskResponse]  # type: ignore[assignment]
@@ -126,8 +141,9 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     """Returns tasks, newest first, in pages.
 
     Errors:
-    - INVALID_ARGUMENT: page_size or page_token is not acceptable. A retry does not help.
+    - INVALID_ARGUMENT: parent, page_size or page_token is not acceptable. A retry does not help.
     - NOT_FOUND: there is no such model. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     CancelTask: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.CancelTaskRequest, _learner_service_pb2.CancelTaskResponse]  # type: ignore[assignment]
@@ -135,7 +151,7 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     otherwise meanwhile. Cancelling a cancelled task returns it.
 
     Errors:
-    - INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE: as WatchTask.
+    - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
     - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
       not help.
     """
@@ -143,8 +159,10 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Teaches the model new classes. One task is learned at a time, first come first served.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     @_abc_1.abstractmethod
@@ -156,6 +174,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
         stored durably and queued; nothing is kept of an upload that does not get that far.
 
+        Limits, unless the server is set to others: 32 MiB a message; an image as in `Example`; 50000
+        images, 4 GiB of encoded images and 10000 classes a task; 100 tasks in the queue.
+
         Errors:
         - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
         - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
@@ -163,8 +184,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
           not help.
         - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
           queue or the disk is full (a retry later may help).
-        - NOT_FOUND: there is no such model.
+        - NOT_FOUND: there is no such model. A retry does not help.
         - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
         """
 
@@ -180,6 +202,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT: the name is not a task's name. A retry does not help.
         - NOT_FOUND: there is no such task. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
 
@@ -203,8 +226,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns tasks, newest first, in pages.
 
         Errors:
-        - INVALID_ARGUMENT: page_size or page_token is not acceptable. A retry does not help.
+        - INVALID_ARGUMENT: parent, page_size or page_token is not acceptable. A retry does not help.
         - NOT_FOUND: there is no such model. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
 
@@ -218,7 +242,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         otherwise meanwhile. Cancelling a cancelled task returns it.
 
         Errors:
-        - INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE: as WatchTask.
+        - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
         - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
           not help.
         """

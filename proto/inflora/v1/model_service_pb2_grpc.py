@@ -28,8 +28,10 @@ if _version_not_supported:
 class ModelServiceStub(object):
     """Lists, switches and hands out published versions.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     def __init__(self, channel):
@@ -63,16 +65,19 @@ class ModelServiceStub(object):
 class ModelServiceServicer(object):
     """Lists, switches and hands out published versions.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     def ListVersions(self, request, context):
-        """Returns versions, newest first, in pages.
+        """Returns versions, newest first, in pages. One whose manifest is damaged is left out.
 
         Errors:
-        - INVALID_ARGUMENT: page_size or page_token is not acceptable. A retry does not help.
+        - INVALID_ARGUMENT: parent, page_size or page_token is not acceptable. A retry does not help.
         - NOT_FOUND: there is no such model. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -85,6 +90,8 @@ class ModelServiceServicer(object):
         Errors:
         - INVALID_ARGUMENT: the name is not a version's name. A retry does not help.
         - NOT_FOUND: there is no such version. A retry does not help.
+        - DATA_LOSS: the version's manifest is damaged. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -94,9 +101,11 @@ class ModelServiceServicer(object):
     def PromoteVersion(self, request, context):
         """Makes a version current once it is loaded and warm. Rolling back is promoting an older one;
         what is learned next builds on the current version. Promoting the current version is no error.
+        A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and
         - DATA_LOSS: a file of the version is damaged. A retry does not help.
+        - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,7 +114,10 @@ class ModelServiceServicer(object):
     def DownloadArtifact(self, request, context):
         """Streams one file of a version. After a break, go on with the offset reached.
 
-        Errors: as PromoteVersion, and
+        Errors: as GetVersion, and
+        - INVALID_ARGUMENT: the offset is negative. A retry does not help.
+        - NOT_FOUND: the version has no such artifact. A retry does not help.
+        - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
         - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -146,8 +158,10 @@ def add_ModelServiceServicer_to_server(servicer, server):
 class ModelService(object):
     """Lists, switches and hands out published versions.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     @staticmethod

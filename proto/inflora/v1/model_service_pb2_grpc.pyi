@@ -29,8 +29,10 @@ GRPC_VERSION: str
 class ModelServiceStub:
     """Lists, switches and hands out published versions.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     @_typing.overload
@@ -38,11 +40,12 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListVersions: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListVersionsRequest, _model_service_pb2.ListVersionsResponse]
-    """Returns versions, newest first, in pages.
+    """Returns versions, newest first, in pages. One whose manifest is damaged is left out.
 
     Errors:
-    - INVALID_ARGUMENT: page_size or page_token is not acceptable. A retry does not help.
+    - INVALID_ARGUMENT: parent, page_size or page_token is not acceptable. A retry does not help.
     - NOT_FOUND: there is no such model. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     GetVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetVersionRequest, _model_service_pb2.GetVersionResponse]
@@ -51,19 +54,26 @@ class ModelServiceStub:
     Errors:
     - INVALID_ARGUMENT: the name is not a version's name. A retry does not help.
     - NOT_FOUND: there is no such version. A retry does not help.
+    - DATA_LOSS: the version's manifest is damaged. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     PromoteVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PromoteVersionRequest, _model_service_pb2.PromoteVersionResponse]
     """Makes a version current once it is loaded and warm. Rolling back is promoting an older one;
     what is learned next builds on the current version. Promoting the current version is no error.
+    A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
     - DATA_LOSS: a file of the version is damaged. A retry does not help.
+    - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
     """
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadArtifactRequest, _model_service_pb2.DownloadArtifactResponse]
     """Streams one file of a version. After a break, go on with the offset reached.
 
-    Errors: as PromoteVersion, and
+    Errors: as GetVersion, and
+    - INVALID_ARGUMENT: the offset is negative. A retry does not help.
+    - NOT_FOUND: the version has no such artifact. A retry does not help.
+    - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
     - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
     """
 
@@ -71,17 +81,20 @@ class ModelServiceStub:
 class ModelServiceAsyncStub(ModelServiceStub):
     """Lists, switches and hands out published versions.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListVersions: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListVersionsRequest, _model_service_pb2.ListVersionsResponse]  # type: ignore[assignment]
-    """Returns versions, newest first, in pages.
+    """Returns versions, newest first, in pages. One whose manifest is damaged is left out.
 
     Errors:
-    - INVALID_ARGUMENT: page_size or page_token is not acceptable. A retry does not help.
+    - INVALID_ARGUMENT: parent, page_size or page_token is not acceptable. A retry does not help.
     - NOT_FOUND: there is no such model. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     GetVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetVersionRequest, _model_service_pb2.GetVersionResponse]  # type: ignore[assignment]
@@ -90,27 +103,36 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Errors:
     - INVALID_ARGUMENT: the name is not a version's name. A retry does not help.
     - NOT_FOUND: there is no such version. A retry does not help.
+    - DATA_LOSS: the version's manifest is damaged. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     PromoteVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PromoteVersionRequest, _model_service_pb2.PromoteVersionResponse]  # type: ignore[assignment]
     """Makes a version current once it is loaded and warm. Rolling back is promoting an older one;
     what is learned next builds on the current version. Promoting the current version is no error.
+    A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
     - DATA_LOSS: a file of the version is damaged. A retry does not help.
+    - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
     """
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadArtifactRequest, _model_service_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
     """Streams one file of a version. After a break, go on with the offset reached.
 
-    Errors: as PromoteVersion, and
+    Errors: as GetVersion, and
+    - INVALID_ARGUMENT: the offset is negative. A retry does not help.
+    - NOT_FOUND: the version has no such artifact. A retry does not help.
+    - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
     - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Lists, switches and hands out published versions.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     @_abc_1.abstractmethod
@@ -119,11 +141,12 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListVersionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListVersionsResponse, _abc.Awaitable[_model_service_pb2.ListVersionsResponse]]:
-        """Returns versions, newest first, in pages.
+        """Returns versions, newest first, in pages. One whose manifest is damaged is left out.
 
         Errors:
-        - INVALID_ARGUMENT: page_size or page_token is not acceptable. A retry does not help.
+        - INVALID_ARGUMENT: parent, page_size or page_token is not acceptable. A retry does not help.
         - NOT_FOUND: there is no such model. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
 
@@ -138,6 +161,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT: the name is not a version's name. A retry does not help.
         - NOT_FOUND: there is no such version. A retry does not help.
+        - DATA_LOSS: the version's manifest is damaged. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
 
@@ -149,9 +174,11 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_service_pb2.PromoteVersionResponse, _abc.Awaitable[_model_service_pb2.PromoteVersionResponse]]:
         """Makes a version current once it is loaded and warm. Rolling back is promoting an older one;
         what is learned next builds on the current version. Promoting the current version is no error.
+        A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and
         - DATA_LOSS: a file of the version is damaged. A retry does not help.
+        - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
         """
 
     @_abc_1.abstractmethod
@@ -162,7 +189,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_model_service_pb2.DownloadArtifactResponse], _abc.AsyncIterator[_model_service_pb2.DownloadArtifactResponse]]:
         """Streams one file of a version. After a break, go on with the offset reached.
 
-        Errors: as PromoteVersion, and
+        Errors: as GetVersion, and
+        - INVALID_ARGUMENT: the offset is negative. A retry does not help.
+        - NOT_FOUND: the version has no such artifact. A retry does not help.
+        - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
         - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
         """
 

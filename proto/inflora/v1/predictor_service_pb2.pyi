@@ -34,7 +34,9 @@ class PredictRequest(_message.Message):
     top_k: _builtins.int
     """Classes to return for each image, best first: 0 means 5; at most all are returned."""
     version: _builtins.str
-    """Answer with this version, `models/{model}/versions/{n}`. Empty means the current one."""
+    """Answer with this version, `models/{model}/versions/{n}`. Empty, or
+    `models/{model}/versions/current`, means the current one.
+    """
     task: _builtins.str
     """When the caller knows it: only the classes of this task, `models/{model}/tasks/{task}`, compete."""
     @_builtins.property

@@ -29,8 +29,10 @@ class PredictorServiceStub(object):
     """Answers which class an image shows. Never waits for learning, and every answer names the version
     that gave it.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     def __init__(self, channel):
@@ -55,12 +57,17 @@ class PredictorServiceServicer(object):
     """Answers which class an image shows. Never waits for learning, and every answer names the version
     that gave it.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     def Predict(self, request, context):
         """Classifies one or many images with one version.
+
+        Limits, unless the server is set to others: 32 MiB a message; 256 images a call; an image as in
+        `Example`.
 
         Errors:
         - INVALID_ARGUMENT: a field or an image is not acceptable (named in BadRequest). A retry does
@@ -68,8 +75,10 @@ class PredictorServiceServicer(object):
         - NOT_FOUND: there is no such model, version or task. A retry does not help.
         - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
         retry helps once a task is published.
-        - RESOURCE_EXHAUSTED: the message is over its limit. A retry does not help.
+        - RESOURCE_EXHAUSTED: the message is over its limit, or has too many images (field `images`). A
+        retry does not help.
         - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -79,7 +88,7 @@ class PredictorServiceServicer(object):
     def PredictStream(self, request_iterator, context):
         """Predict for a sequence of requests, answered in order. The first error ends the stream.
 
-        Errors: as Predict.
+        Errors: as Predict; fields begin with `request.`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,8 +119,10 @@ class PredictorService(object):
     """Answers which class an image shows. Never waits for learning, and every answer names the version
     that gave it.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     @staticmethod

@@ -30,8 +30,10 @@ class PredictorServiceStub:
     """Answers which class an image shows. Never waits for learning, and every answer names the version
     that gave it.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     @_typing.overload
@@ -41,20 +43,25 @@ class PredictorServiceStub:
     Predict: _grpc.UnaryUnaryMultiCallable[_predictor_service_pb2.PredictRequest, _predictor_service_pb2.PredictResponse]
     """Classifies one or many images with one version.
 
+    Limits, unless the server is set to others: 32 MiB a message; 256 images a call; an image as in
+    `Example`.
+
     Errors:
     - INVALID_ARGUMENT: a field or an image is not acceptable (named in BadRequest). A retry does
       not help.
     - NOT_FOUND: there is no such model, version or task. A retry does not help.
     - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
       retry helps once a task is published.
-    - RESOURCE_EXHAUSTED: the message is over its limit. A retry does not help.
+    - RESOURCE_EXHAUSTED: the message is over its limit, or has too many images (field `images`). A
+      retry does not help.
     - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     PredictStream: _grpc.StreamStreamMultiCallable[_predictor_service_pb2.PredictStreamRequest, _predictor_service_pb2.PredictStreamResponse]
     """Predict for a sequence of requests, answered in order. The first error ends the stream.
 
-    Errors: as Predict.
+    Errors: as Predict; fields begin with `request.`.
     """
 
 @_typing.type_check_only
@@ -62,13 +69,18 @@ class PredictorServiceAsyncStub(PredictorServiceStub):
     """Answers which class an image shows. Never waits for learning, and every answer names the version
     that gave it.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Predict: _aio.UnaryUnaryMultiCallable[_predictor_service_pb2.PredictRequest, _predictor_service_pb2.PredictResponse]  # type: ignore[assignment]
     """Classifies one or many images with one version.
+
+    Limits, unless the server is set to others: 32 MiB a message; 256 images a call; an image as in
+    `Example`.
 
     Errors:
     - INVALID_ARGUMENT: a field or an image is not acceptable (named in BadRequest). A retry does
@@ -76,22 +88,26 @@ class PredictorServiceAsyncStub(PredictorServiceStub):
     - NOT_FOUND: there is no such model, version or task. A retry does not help.
     - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
       retry helps once a task is published.
-    - RESOURCE_EXHAUSTED: the message is over its limit. A retry does not help.
+    - RESOURCE_EXHAUSTED: the message is over its limit, or has too many images (field `images`). A
+      retry does not help.
     - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
+    - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     PredictStream: _aio.StreamStreamMultiCallable[_predictor_service_pb2.PredictStreamRequest, _predictor_service_pb2.PredictStreamResponse]  # type: ignore[assignment]
     """Predict for a sequence of requests, answered in order. The first error ends the stream.
 
-    Errors: as Predict.
+    Errors: as Predict; fields begin with `request.`.
     """
 
 class PredictorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers which class an image shows. Never waits for learning, and every answer names the version
     that gave it.
 
-    Every error carries `google.rpc.ErrorInfo` (domain `inflora`), and `google.rpc.BadRequest` with
-    the field at fault where one is.
+    Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
+    `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
+    status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
+    CANCELLED when the connection or the caller is gone.
     """
 
     @_abc_1.abstractmethod
@@ -102,14 +118,19 @@ class PredictorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_predictor_service_pb2.PredictResponse, _abc.Awaitable[_predictor_service_pb2.PredictResponse]]:
         """Classifies one or many images with one version.
 
+        Limits, unless the server is set to others: 32 MiB a message; 256 images a call; an image as in
+        `Example`.
+
         Errors:
         - INVALID_ARGUMENT: a field or an image is not acceptable (named in BadRequest). A retry does
           not help.
         - NOT_FOUND: there is no such model, version or task. A retry does not help.
         - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
           retry helps once a task is published.
-        - RESOURCE_EXHAUSTED: the message is over its limit. A retry does not help.
+        - RESOURCE_EXHAUSTED: the message is over its limit, or has too many images (field `images`). A
+          retry does not help.
         - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
+        - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.
         """
 
@@ -121,7 +142,7 @@ class PredictorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_predictor_service_pb2.PredictStreamResponse], _abc.AsyncIterator[_predictor_service_pb2.PredictStreamResponse]]:
         """Predict for a sequence of requests, answered in order. The first error ends the stream.
 
-        Errors: as Predict.
+        Errors: as Predict; fields begin with `request.`.
         """
 
 def add_PredictorServiceServicer_to_server(servicer: PredictorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -193,7 +193,10 @@ class Example(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     LABEL_FIELD_NUMBER: _builtins.int
     image: _builtins.bytes
-    """One encoded image file: JPEG, PNG, WebP or BMP; RGB, RGBA, grey or palette; 8 bits a channel."""
+    """One encoded image file: JPEG, PNG, WebP or BMP; RGB, RGBA, grey or palette; 8 bits a channel.
+    Unless the server is set to other limits: at most 20 MiB and 64 million pixels (width x height),
+    sides of at least 2 pixels, the longer one at most 100 times the shorter one.
+    """
     label: _builtins.str
     """The class: 1 to 200 characters of printable text in Unicode normal form NFC."""
     def __init__(
