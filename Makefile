@@ -16,6 +16,13 @@ DATA ?=
 BACKBONE ?=
 PRESET ?=
 EPOCHS ?=
+TASKS ?=
+MEAN ?=
+STD ?=
+# Settings of learning, for example SET="rank=8 batch_size=32":
+SET ?=
+# Where the recorded numbers of the published code are, if not in ../shared/golden:
+GOLDEN ?=
 # GPU=1 uses an environment of its own, with onnxruntime-gpu in place of onnxruntime:
 GPU ?=
 
@@ -47,15 +54,14 @@ help: ## show this list
 
 .PHONY: demo
 demo: $(READY) ## serve, learn five tasks, predict all along, export (DATA=, BACKBONE=)
-	$(BIN)/python -m tests.benchmarks.demo $(call flag,data,$(DATA)) $(call flag,backbone,$(BACKBONE))
+	$(BIN)/python -m tests.benchmarks.demo $(STREAM_FLAGS)
 
 .PHONY: bench
 bench: bench-stream ## all benchmarks
 
 .PHONY: bench-stream
-bench-stream: $(READY) ## learn a stream through the real server (DATA=, BACKBONE=, PRESET=, EPOCHS=)
-	$(BIN)/python -m tests.benchmarks.stream $(call flag,data,$(DATA)) \
-		$(call flag,backbone,$(BACKBONE)) $(call flag,preset,$(PRESET)) $(call flag,epochs,$(EPOCHS))
+bench-stream: $(READY) ## learn a stream through the real server (DATA=, BACKBONE=, PRESET=, SET=, ...)
+	$(BIN)/python -m tests.benchmarks.stream $(STREAM_FLAGS)
 
 .PHONY: gpu-report
 gpu-report: $(READY) ## what the GPU of this machine does (GPU=1)
@@ -63,6 +69,10 @@ gpu-report: $(READY) ## what the GPU of this machine does (GPU=1)
 
 # $(call flag,name,value): --name 'value', or nothing without a value.
 flag = $(if $(strip $(2)),--$(1) '$(strip $(2))')
+
+STREAM_FLAGS = $(call flag,data,$(DATA)) $(call flag,backbone,$(BACKBONE)) \
+	$(call flag,preset,$(PRESET)) $(call flag,epochs,$(EPOCHS)) $(call flag,tasks,$(TASKS)) \
+	$(call flag,mean,$(MEAN)) $(call flag,std,$(STD)) $(foreach pair,$(SET),--set $(pair))
 
 ##@ Develop
 
@@ -76,7 +86,7 @@ test: $(READY) ## all tests but the slow ones (PYTEST=flags)
 
 .PHONY: test-golden
 test-golden: $(READY) ## the recorded numbers of the published code
-	$(BIN)/python -m pytest tests/golden $(PYTEST)
+	GOLDEN_REQUIRED=1 GOLDEN='$(GOLDEN)' $(BIN)/python -m pytest tests/golden $(PYTEST)
 
 .PHONY: check
 check: check-style check-types check-imports check-stubs check-proto check-lock ## all checks

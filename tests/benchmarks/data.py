@@ -22,13 +22,13 @@ class TaskData:
     test: tuple[Example, ...]
 
 
-def load(source: str, tasks: int, train_per_class: int | None, seed: int) -> list[TaskData]:
+def load(source: str, tasks: int | None, train_per_class: int | None, seed: int) -> list[TaskData]:
     """Cut ``source`` into ``tasks`` tasks of as equal a number of classes as can be.
 
     Args:
         source: ``digits``; a folder with one sub-folder for each class; or an npz file with
             ``{train,test}_{bytes,offset,label}`` and ``names``.
-        tasks: Number of tasks.
+        tasks: Number of tasks; None for five, or one for each class if there are fewer.
         train_per_class: At most so many training images of a class; None for all.
         seed: Decides which images of digits and folders are for testing (a third of them).
     """
@@ -39,8 +39,11 @@ def load(source: str, tasks: int, train_per_class: int | None, seed: int) -> lis
     else:
         splits = _cut(_folder(Path(source)), seed)
     names = list(splits)
-    if not 1 <= tasks <= len(names):
-        raise ValueError(f"{len(names)} classes cannot make {tasks} tasks")
+    if not names:
+        raise SystemExit(f"{source} holds no sub-folder with images")
+    tasks = tasks or min(5, len(names))
+    if tasks > len(names):
+        raise SystemExit(f"{len(names)} classes cannot make {tasks} tasks")
     return [
         TaskData(
             tuple(names[i] for i in group),

@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from inflora_client import Client, StatusError
+from inflora_client import Client, RetryPolicy
 from inflora_client.resources import Task
 from inflora_core.config import Limits
 from inflora_core.graph import materialise
@@ -56,7 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         console.print(f"Starting a server with backbone {options.backbone} in {folder} ...")
         backbone = with_normalisation(options.backbone, options.mean, options.std, folder)
-        flags = ["--backbone", backbone, "--preset", options.preset, *learn_flags(options)]
+        flags = [
+            "--backbone",
+            backbone,
+            "--preset",
+            options.preset,
+            *learn_flags(options, len(tasks)),
+        ]
         with running_server(folder / "server", flags) as server:
             raw = teach_all(server, tasks, console)
             raw |= compare_with_file(server, tasks, folder)
@@ -75,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     result.add_argument("--data", default="digits", help="digits, an npz file, or a folder")
     result.add_argument("--backbone", default="bundled", help="bundled, a timm name, or a file")
-    result.add_argument("--tasks", type=int, default=5)
+    result.add_argument("--tasks", type=int, help="default: 5, or one for each class if fewer")
     result.add_argument("--train-per-class", type=int)
     result.add_argument("--preset", default="default")
     result.add_argument("--epochs", type=int)
@@ -87,13 +93,13 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def learn_flags(options: argparse.Namespace) -> list[str]:
+def learn_flags(options: argparse.Namespace, tasks: int) -> list[str]:
     """Return the server's options for learning."""
     settings = list(options.set)
     if options.epochs:
         settings.append(f"epochs={options.epochs}")
     if options.preset == "published":
-        settings.append(f"expected_tasks={options.tasks}")
+        settings.append(f"expected_tasks={tasks}")
     return [part for setting in settings for part in ("--set", setting)]
 
 
@@ -135,6 +141,7 @@ def teach_all(
         "tasks": reports,
         "predict_calls": calls["count"],
         "predict_failures": calls["failures"],
+        "predict_errors": calls["errors"],
         "predict_versions": calls["versions"],
     }
 
@@ -169,21 +176,23 @@ def ask(client: Client, examples: Sequence[streams.Example], task: str | None = 
 @contextmanager
 def predicting(server: RunningServer, task: streams.TaskData) -> Iterator[dict[str, Any]]:
     """Predict from a second client without a pause, from the first version until the end."""
-    calls: dict[str, Any] = {"count": 0, "failures": 0, "versions": []}
+    calls: dict[str, Any] = {"count": 0, "failures": 0, "errors": [], "versions": []}
     first, stop = threading.Event(), threading.Event()
     calls["start"] = first.set
 
     def loop() -> None:
         first.wait()
-        with Client(server.address) as client:
+        # Without retries: each would hide a failure.
+        with Client(server.address, retry=RetryPolicy(max_attempts=1)) as client:
             while not stop.is_set():
                 image = task.test[calls["count"] % len(task.test)][0]
                 try:
                     version = client.predict([image], top_k=1).version
                     if version not in calls["versions"]:
                         calls["versions"].append(version)
-                except StatusError:
+                except Exception as error:
                     calls["failures"] += 1
+                    calls["errors"].append(repr(error))
                 calls["count"] += 1
                 stop.wait(0.02)  # a camera's pace; an endless loop would only slow learning down
 
@@ -235,7 +244,8 @@ def compare_with_file(
     answers = []
     for task in tasks:
         for image, _ in task.test:
-            pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))[None]
+            upright = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+            pixels = np.asarray(upright.convert("RGB"))[None]
             answers.append(classes[int(session.run(["logits"], {"images": pixels})[0].argmax())])
     return {"served": served, "file": answers, "onnx_bytes": path.stat().st_size}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDEN = Path(os.environ.get("GOLDEN") or Path(__file__).parents[3] / "shared" / "golden")
+REQUIRED = "GOLDEN_REQUIRED" in os.environ
+"""Set by ``make test-golden``, which must not pass having compared nothing."""
 
 
 def load(name: str) -> Mapping[str, Any]:
     path = GOLDEN / name
     if not path.exists():
-        pytest.skip(
-            "the golden numbers (shared/golden beside the checkout) are not on this machine"
-        )
+        reason = f"no {name} in {GOLDEN}; name the folder with GOLDEN="
+        pytest.fail(reason) if REQUIRED else pytest.skip(reason)
     with np.load(path) as archive:
         return {key: archive[key] for key in archive.files}
 

@@ -65,7 +65,6 @@ def golden_backbone(golden: Mapping[str, Any]) -> Backbone:
 
 @pytest.fixture(scope="module")
 def run(vit_learner: Mapping[str, Any]) -> Run:
-    torch.set_num_threads(1)
     golden = vit_learner
     config = preset("published").updated(
         rank=int(golden["hyper/rank"]),
