@@ -81,10 +81,6 @@ class Backbone:
         """The attention layers by name, first to last; each has a ``qkv`` (d to 3a)."""
         return {name: self.module.get_submodule(name) for name in self.config.layers}
 
-    def attention(self, name: str) -> nn.Module:
-        """Return the attention layer called ``name``, one of ``config.layers``."""
-        return self.module.get_submodule(name)
-
     def qkv(self, name: str) -> nn.Module:
         """Return the fused projection (d to 3a) of the attention layer called ``name``."""
         return self.module.get_submodule(f"{name}.qkv")

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from inflora_core.errors import InvalidInputError
 
+Criterion = Literal["code", "paper"]
+FirstTask = Literal["reach", "one-fewer"]
+
 
 class LearnConfig(BaseModel):
     """How one task is learned. Defaults are ours; ``PRESETS["published"]`` is the paper's code.
@@ -32,9 +35,9 @@ class LearnConfig(BaseModel):
     held_out_share: float = Field(0.1, ge=0, le=0.5)
     augmentation: Literal["none", "flip"] = "none"
     """``flip``: mirror half of the training images, anew in every epoch."""
-    criterion: Literal["code", "paper"] = "code"
+    criterion: Criterion = "code"
     """What the design and the memory rank directions by: ``C C`` or ``C``."""
-    first_task: Literal["reach", "one-fewer"] = "reach"
+    first_task: FirstTask = "reach"
     """``one-fewer``: after the first task one direction fewer than the threshold asks for."""
     threshold_first: float = Field(0.999, gt=0, lt=1)
     """``lamb``: share of energy protected after the first task."""

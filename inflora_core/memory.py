@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inflora_core import subspace
+from inflora_core.config import Criterion, FirstTask
 from inflora_core.model import Array, LayerState
 from inflora_core.moments import SecondMoment
 
@@ -60,7 +61,7 @@ class GradientMemory:
         """Return ``rows`` (..., d) without their parts in the protected space."""
         return rows - (rows @ self.directions) @ self.directions.mT
 
-    def design(self, moment: Tensor, rank: int, criterion: subspace.Criterion) -> Tensor:
+    def design(self, moment: Tensor, rank: int, criterion: Criterion) -> Tensor:
         """Return B_t (r, d); see ``subspace.design_reduction``."""
         return subspace.design_reduction(moment, self.basis, self.protected, rank, criterion)
 
@@ -68,8 +69,8 @@ class GradientMemory:
         self,
         moment: SecondMoment,
         threshold: float,
-        criterion: subspace.Criterion,
-        first_task: subspace.FirstTask,
+        criterion: Criterion,
+        first_task: FirstTask,
     ) -> GradientMemory:
         """Return the memory after a task whose inputs have the second moment ``moment``."""
         basis, protected = subspace.extend_basis(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from inflora_core import durable
 from inflora_core.errors import DamagedError
 
 
@@ -73,11 +74,6 @@ class SpoolWriter:
         if not self._finished:
             shutil.rmtree(self.folder)
 
-    @property
-    def classes(self) -> int:
-        """Number of classes so far."""
-        return len(self._counts)
-
     def add(self, image: bytes, label: str) -> None:
         """Append one encoded image."""
         sha256 = hashlib.sha256(image).hexdigest()
@@ -98,11 +94,7 @@ class SpoolWriter:
             file.flush()
             os.fsync(file.fileno())
         for folder in (self.folder, self.folder.parent):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            durable.sync_folder(folder)
         self._finished = True
         return SpoolSummary(
             tuple(self._counts), tuple(self._counts.values()), self.size, self._digest.hexdigest()

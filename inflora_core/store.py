@@ -40,6 +40,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, load_file, save
 
+from inflora_core import durable
 from inflora_core.errors import (
     DamagedError,
     InvalidInputError,
@@ -114,7 +115,7 @@ class Store:
                     field="store",
                 )
             path.mkdir(parents=True, exist_ok=True)
-            _replace(marker, json.dumps({"format": FORMAT}).encode() + b"\n")
+            durable.replace(marker, json.dumps({"format": FORMAT}).encode() + b"\n")
         try:
             number = int(json.loads(marker.read_text())["format"])
         except (ValueError, KeyError, TypeError) as error:
@@ -160,7 +161,7 @@ class Store:
             files = {"weights.safetensors": content, "template.onnx": template}
             entries = tuple(_entry(name, data) for name, data in files.items())
             self._commit(files, _FILES.dump_json(entries, indent=1), final)
-        _replace(self._model / "backbone", f"{sha256}\n".encode())
+        durable.replace(self._model / "backbone", f"{sha256}\n".encode())
         return self.backbone()
 
     def has_backbone(self) -> bool:
@@ -250,7 +251,7 @@ class Store:
     def set_current(self, number: int) -> None:
         """Make version ``number`` current. The caller has verified it."""
         self.version(number)
-        _replace(self._model / "CURRENT", f"{number}\n".encode())
+        durable.replace(self._model / "CURRENT", f"{number}\n".encode())
 
     def verify(self, number: int) -> Version:
         """Return the manifest after checking size and sha256 of every file of the version.
@@ -334,7 +335,7 @@ class Store:
         content = materialise(template, self.load_model(number), number)
         if entry != _entry(ONNX_FILE, content):
             raise DamagedError(f"{ONNX_FILE} of version {number} is damaged, and cannot be rebuilt")
-        _replace(self._folder(number) / ONNX_FILE, content)
+        durable.replace(self._folder(number) / ONNX_FILE, content)
 
     def next_number(self) -> int:
         """Return the number that ``publish`` will give."""
@@ -401,16 +402,16 @@ class Store:
         draft.mkdir()
         try:
             for name, data in files.items():
-                _write(draft / name, data)
-            _write(draft / _MANIFEST, manifest)
-            _write(draft / _MANIFEST_SUM, _manifest_sum(manifest))
-            _sync_folder(draft)
+                durable.write(draft / name, data)
+            durable.write(draft / _MANIFEST, manifest)
+            durable.write(draft / _MANIFEST_SUM, _manifest_sum(manifest))
+            durable.sync_folder(draft)
             os.rename(draft, final)
         except OSError:
             # Half a draft on a full disk would keep it full.
             shutil.rmtree(draft, ignore_errors=True)
             raise
-        _sync_folder(final.parent)
+        durable.sync_folder(final.parent)
 
 
 def initial_layer(qkv_weight: Array) -> LayerState:
@@ -464,29 +465,3 @@ def _check(folder: Path, entry: FileEntry) -> bytes:
     if _entry(entry.name, data) != entry:
         raise DamagedError(f"{path} does not have the checksum in its manifest")
     return data
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        _write(draft, data)
-        os.replace(draft, path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

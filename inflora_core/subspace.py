@@ -8,13 +8,11 @@ is orthonormal, its first k columns M are protected, the others F are free.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Criterion = Literal["code", "paper"]
-FirstTask = Literal["reach", "one-fewer"]
+from inflora_core.config import Criterion, FirstTask
 
 
 def gram(moment: Tensor, criterion: Criterion) -> Tensor:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -41,7 +40,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from inflora_core import bundled
+from inflora_core import bundled, durable
 from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import (
@@ -228,8 +227,7 @@ def serve(worker: Worker, channel: Channel) -> None:
         except InfloraError as error:
             _fail(channel, task, error)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            kind = LimitExceededError if full else UnavailableError
+            kind = LimitExceededError if durable.is_full(error) else UnavailableError
             _fail(channel, task, kind(f"cannot write to the store: {error}"))
         except Exception as error:
             log.exception("task %s failed", task)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from inflora_core import durable
 from inflora_core.errors import DamagedError, StateError
 
 log = logging.getLogger(__name__)
@@ -60,22 +60,7 @@ def remember(store: Path, source: BackboneSource) -> None:
 
     Replaces an earlier note. Only the server that holds the store's lock may call this.
     """
-    draft = store / f".{FILE}"
-    try:
-        with draft.open("wb") as file:
-            file.write(_ADAPTER.dump_json(source, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, store / FILE)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(store, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    durable.replace(store / FILE, _ADAPTER.dump_json(source, indent=1))
 
 
 def check(store: Path, asked: BackboneSource) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from inflora_core import errors
+from inflora_core import durable, errors
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +42,6 @@ CODES: dict[type[errors.InfloraError], grpc.StatusCode] = {
     errors.LearnerCrashedError: grpc.StatusCode.INTERNAL,
 }
 """The one place that says which error is which status."""
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # Quoted, because only the type stubs know that grpc's classes are generic.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -74,7 +71,7 @@ def from_exception(error: Exception) -> errors.InfloraError:
         return error
     if isinstance(error, DecodeError):
         return errors.InvalidInputError("the message cannot be decoded; is it of this contract?")
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if isinstance(error, OSError) and durable.is_full(error):
         log.error("the disk is full: %s", error)
         return errors.LimitExceededError("the server's disk is full; retry later")
     reference = uuid.uuid4().hex[:12]

@@ -126,7 +126,7 @@ def test_families_load_frozen_with_their_attention_layers(loaded: Backbone) -> N
         embedding = loaded.module(torch.randn(3, 3, *size))
     assert embedding.shape == (3, loaded.config.embedding_size)
     for name in loaded.config.layers:
-        assert loaded.qkv(name) is loaded.attention(name).get_submodule("qkv")
+        assert loaded.qkv(name) is loaded.layers[name].get_submodule("qkv")
 
 
 def test_a_replaced_qkv_is_what_attention_calls(loaded: Backbone) -> None:

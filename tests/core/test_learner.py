@@ -28,6 +28,7 @@ from inflora_core.learner import (
 )
 from inflora_core.merge import merge, product
 from inflora_core.model import ContinualModel, LabelledImages, Learned, Progress, Stage, TaskReport
+from inflora_core.moments import record_moments
 from inflora_core.progress import Tracker
 from tests.core import tiny
 
@@ -208,6 +209,29 @@ def test_nothing_but_key_and_value_rows_changes(tmp_path: Path) -> None:
             assert np.array_equal(array[: tiny.WIDTH], frozen[name][: tiny.WIDTH]), "Q rows"
             assert np.array_equal(array[tiny.WIDTH :], learned.model.layers[layer].key_value)
             assert not np.array_equal(array, frozen[name])
+
+
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_what_is_kept_of_the_images_is_of_the_merged_model(
+    backbone: Backbone, blank: ContinualModel, stream: list[Learned], task: int
+) -> None:
+    before, learned = states(blank, stream)[task].layers, stream[task]
+    labels = (FIRST, SECOND, THIRD)[task]
+    train, _ = split(tiny.images(labels, 12), CONFIG.held_out_share, CONFIG.seed, CPU)
+    set_weights(backbone, learned.model)
+    layers = {name: backbone.qkv(name) for name in backbone.config.layers}
+    with torch.inference_mode(), record_moments(layers) as moments:
+        features = backbone.module(backbone.normalise(train.pixels))
+    columns = learned.model.columns_of(f"task-{task}")
+    for column, label in zip(columns, range(len(labels)), strict=True):
+        mean = features[train.labels == label].mean(0).numpy()
+        assert np.allclose(learned.model.class_means[column], mean, atol=1e-4)
+        assert learned.model.class_counts[column] == 9
+    for name, layer in learned.model.layers.items():
+        old, new = before[name], moments[name]
+        assert layer.tokens == old.tokens + new.tokens
+        total = old.tokens * old.moment + new.tokens * new.mean.numpy()
+        assert np.allclose(layer.moment, total / layer.tokens, atol=1e-4)
 
 
 @pytest.mark.parametrize("task", [0, 1, 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -410,6 +412,24 @@ def test_a_flipped_byte_in_a_manifest_is_found(
     assert shared_store.version(2).number == 2
 
 
+def test_one_damaged_manifest_does_not_hide_the_others(shared_store: Store) -> None:
+    path = shared_store.path(2, ONNX_FILE).with_name("manifest.json")
+    with damaged(path, flip(0, 1)):
+        assert shared_store.version_of_task("task-0") == 1
+        assert shared_store.version_of_task("task-1") is None
+        assert shared_store.version_of_task("task-2") == 3
+    assert shared_store.version_of_task("task-1") == 2
+
+
+def test_strangers_among_the_versions_are_passed_over(store: Store) -> None:
+    publish(store, None, "first")
+    (store.root / "models/default/versions/.DS_Store").write_bytes(b"")
+    (store.root / "models/default/versions/lost+found").mkdir()
+    assert store.numbers() == [1]
+    assert store.next_number() == 2
+    assert store.version_of_task("none") is None
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     name=st.sampled_from(["weights.safetensors", "template.onnx", "manifest.json"]),
@@ -486,20 +506,21 @@ class PowerCutError(BaseException):
 
 
 class Disk:
-    """The operating system, which can end at any of the calls that change a disk for good."""
+    """The operating system, which can fail at any of the calls that change a disk for good."""
 
     CALLS = ("fsync", "rename", "replace")
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
         self.ends_at: int | None = None
+        self.error: BaseException = PowerCutError()
         for name in self.CALLS:
             monkeypatch.setattr(os, name, self._counting(getattr(os, name)))
 
     def _counting(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.calls == self.ends_at:
-                raise PowerCutError
+                raise self.error
             self.calls += 1
             return real(*args, **kwargs)
 
@@ -573,6 +594,30 @@ def test_an_interrupted_making_of_a_store_can_be_repeated(tmp_path: Path, disk: 
         if not store.has_backbone():
             set_backbone(store)
         assert store.backbone().sha256 == Store.open(tmp_path / "whole").backbone().sha256
+
+
+def test_a_full_disk_is_not_kept_full(store: Store, disk: Disk) -> None:
+    publish(store, None, "first")
+    store.set_current(1)
+    done = learned(store.load_model(1), "second", 5)
+    disk.error = OSError(errno.ENOSPC, "No space left on device")
+
+    def publish_and_promote() -> None:
+        store.set_current(store.publish(done, "second", b"onnx").number)
+
+    before = sorted(store.root.rglob("*"))
+    for number in itertools.count():
+        disk.calls, disk.ends_at = 0, number
+        with pytest.raises(OSError, match="No space"):
+            publish_and_promote()
+        if store.numbers() != [1]:
+            break
+        assert sorted(store.root.rglob("*")) == before
+    assert number >= 7
+    disk.ends_at = None
+    assert store.current() == 1
+    store.verify(2)
+    assert not list((store.root / "drafts").iterdir())
 
 
 def test_drafts_are_invisible_until_they_are_cleared(store: Store) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inflora_core import subspace
 from inflora_core.adapters import adapted
+from inflora_core.config import Criterion
 from inflora_core.memory import GradientMemory
 from inflora_core.merge import merge, product
 from inflora_core.model import Factors, LayerState
@@ -56,7 +57,7 @@ def moment_of(matrix: Tensor, tokens: int = 10) -> SecondMoment:
 
 @given(memories(), st.integers(1, 12), CRITERIA)
 def test_a_reduction_is_free_of_the_memory_and_orthogonal(
-    memory: tuple[Tensor, Tensor, int], rank: int, criterion: subspace.Criterion
+    memory: tuple[Tensor, Tensor, int], rank: int, criterion: Criterion
 ) -> None:
     moment, basis, protected = memory
     reduction = subspace.design_reduction(moment, basis, protected, rank, criterion)
@@ -69,7 +70,7 @@ def test_a_reduction_is_free_of_the_memory_and_orthogonal(
 
 @given(memories(), st.integers(1, 12), CRITERIA)
 def test_a_reduction_takes_the_leading_energy_in_descending_order(
-    memory: tuple[Tensor, Tensor, int], rank: int, criterion: subspace.Criterion
+    memory: tuple[Tensor, Tensor, int], rank: int, criterion: Criterion
 ) -> None:
     moment, basis, protected = memory
     reduction = subspace.design_reduction(moment, basis, protected, rank, criterion)
@@ -96,7 +97,7 @@ def test_inputs_within_the_memory_leave_nothing_to_design(d: int, data: st.DataO
 
 @given(memories(), st.floats(0.01, 0.9999), CRITERIA)
 def test_extending_keeps_the_old_memory_and_reaches_the_threshold_with_the_fewest(
-    memory: tuple[Tensor, Tensor, int], threshold: float, criterion: subspace.Criterion
+    memory: tuple[Tensor, Tensor, int], threshold: float, criterion: Criterion
 ) -> None:
     moment, basis, protected = memory
     after, grown = subspace.extend_basis(moment, basis, protected, threshold, criterion)
@@ -133,7 +134,7 @@ def test_the_published_first_task_keeps_one_direction_fewer_but_at_least_one(
 @pytest.mark.parametrize("d", [6, 32])
 @pytest.mark.parametrize("criterion", ["code", "paper"])
 def test_a_hundred_tasks_stay_orthonormal_leak_nothing_and_leave_room(
-    d: int, criterion: subspace.Criterion
+    d: int, criterion: Criterion
 ) -> None:
     generator = torch.Generator().manual_seed(d)
     memory, key_value = empty_memory(d), np.zeros((2 * d, d), np.float32)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from inflora_core import subspace
+from inflora_core.config import FirstTask
 
 SEQUENCES = ["lamb95", "lamb99"]
 CASES = [*SEQUENCES, "bug_first_gt_half", "bug_first_eq_half", "bug_exhausted", "bug_eps_one"]
@@ -21,7 +22,7 @@ def inputs(golden: Mapping[str, Any], case: str) -> np.ndarray:
 
 
 def replay(
-    golden: Mapping[str, Any], case: str, first_task: subspace.FirstTask
+    golden: Mapping[str, Any], case: str, first_task: FirstTask
 ) -> Iterator[tuple[torch.Tensor, int]]:
     """Yield Q and k after each matrix of ``case``."""
     basis, protected = torch.eye(24, dtype=torch.float64), 0
@@ -45,7 +46,7 @@ def projector(basis: torch.Tensor, protected: int) -> np.ndarray:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("name", "first_task"), [("exact", "one-fewer"), ("minimal", "reach")])
 def test_against_exact(
-    dualgpm: Mapping[str, Any], case: str, name: str, first_task: subspace.FirstTask
+    dualgpm: Mapping[str, Any], case: str, name: str, first_task: FirstTask
 ) -> None:
     for step, (basis, protected) in enumerate(replay(dualgpm, case, first_task)):
         assert protected == dualgpm[f"{case}/{name}_protected_dim"][step]
