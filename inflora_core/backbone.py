@@ -156,9 +156,12 @@ def create_backbone(source: str, *, architecture: str | None = None) -> Backbone
         raise InvalidInputError(f"there is no file {source}", field=_FIELD)
     metadata, weights = _read_weights(path)
     name, model_args, data = _local_config(path, metadata, architecture)
+    module = _create_module(name, model_args)
+    # Before anything that a ConvNet would fail at for another reason than that it is one.
+    attention_layers(module)
     if "img_size" not in model_args and "input_size" in data:
         model_args["img_size"] = data["input_size"][1:]
-    module = _create_module(name, model_args)
+        module = _create_module(name, model_args)
     data = {**_default_data(module), **data}
     dropped = _classifier_prefixes(module)
     weights = {key: value for key, value in weights.items() if not key.startswith(dropped)}

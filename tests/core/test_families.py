@@ -142,7 +142,6 @@ def test_another_kind_is_refused_with_the_reason(kind: str, tmp_path: Path) -> N
         learn(worker, tmp_path, 0, ("red", "green"))
 
 
-@pytest.mark.xfail(reason="create_backbone looks at its weights first", strict=True)
 @pytest.mark.parametrize("data", [{}, {"input_size": [3, 32, 32]}], ids=["bare", "as published"])
 def test_a_convnet_is_refused_with_the_reason(data: dict[str, Any], tmp_path: Path) -> None:
     args = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}
