@@ -283,6 +283,8 @@ def test_ctrl_c_leaves_the_task_alone(peer: Peer) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        # A shell's background job, as CI may be, ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert peer.attached.wait(60)
     process.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ from inflora_client import Client, RetryPolicy, Task, TaskStage, TaskState, Unav
 from tests.e2e.conftest import connect, examples, images, serving
 from tests.running_server import RunningServer
 
-LONG = {"epochs": 100, "batch_size": 1}
+LONG = {"epochs": 60, "batch_size": 1}
 """Longer than it takes to stop a server."""
 
 
