@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="InfLoRA learning worker; started by the server.")
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="0: one for each processor")
+    parser.add_argument("--threads", type=int, default=0, help="0: all processors but one")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s")
     # Libraries print to standard output; only events may.
@@ -265,7 +265,9 @@ def main() -> None:
     with contextlib.suppress(OSError):
         # Should memory run out, this process has to go, not the one that predicts.
         Path("/proc/self/oom_score_adj").write_text("1000")
-    threads = args.threads or len(os.sched_getaffinity(0))
+    # One processor is left to predictions. With a thread on that one, too, every parallel section
+    # of the training would wait for a thread that, at this priority, hardly ever runs.
+    threads = args.threads or max(1, len(os.sched_getaffinity(0)) - 1)
     torch.set_num_threads(threads)
     name = args.device
     if name == "auto":

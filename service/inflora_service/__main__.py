@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         help="any other setting; can be given more than once",
     )
     add(group, "--device", defaults.device, "where to learn", choices=("auto", "cpu", "cuda"))
-    add(group, "--learn-threads", 0, "threads of learning; 0: one a processor", type=int)
+    add(group, "--learn-threads", 0, "threads of learning; 0: all processors but one", type=int)
 
     group = parser.add_argument_group("predicting")
     add(group, "--provider", defaults.provider, "what predicts", choices=("auto", "cpu", "cuda"))

@@ -67,7 +67,7 @@ class Settings:
         limits: What is refused.
         provider: What onnxruntime predicts with.
         predict_threads: Threads of one prediction; 0: one for each processor.
-        learn_threads: Threads of the learning worker; 0: one for each processor.
+        learn_threads: Threads of the learning worker; 0: all processors but one.
         device: What the learning worker learns on: ``auto``, ``cpu`` or ``cuda``.
         drain_seconds: How long running calls may take when the server stops.
         worker: How to start the learning worker; more arguments are appended.

@@ -278,13 +278,14 @@ class TestServe:
 
 def test_ctrl_c_leaves_the_task_alone(peer: Peer) -> None:
     peer.tasks["models/default/tasks/t1"] = TRAINING
+    # A background job of a shell, as CI may be, ignores Ctrl-C, and so would its children.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    main = "from inflora_client.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-m", "inflora_client", "--server", peer.address, "watch", "t1"],
+        [sys.executable, "-c", heed + main, "--server", peer.address, "watch", "t1"],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        # A shell's background job, as CI may be, ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert peer.attached.wait(60)
     process.send_signal(signal.SIGINT)

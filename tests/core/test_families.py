@@ -17,7 +17,7 @@ from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import DamagedError, StateError, UnsupportedBackboneError
 from inflora_core.images import decode
 from inflora_core.learner import logits_of
-from inflora_core.model import Stage, Version
+from inflora_core.model import Progress, Stage, Version
 from inflora_core.predictor import Predictor, RuntimeOptions
 from inflora_core.progress import Tracker
 from inflora_core.spool import read_spool
@@ -169,7 +169,7 @@ def test_a_task_that_was_learned_is_not_learned_again(tmp_path: Path) -> None:
     """As after a crash between the version and the record of it; the spool may be gone by then."""
     store = Store.open(tmp_path / "store")
     Worker(store, CPU, 1).prepare(str(tiny.write_backbone(tmp_path)), None)
-    seen = []
+    seen: list[Progress] = []
     tracker = Tracker(CONFIG.epochs, seen.append)
     spool = tiny.write_spool(tmp_path / "spool", TASKS[0], 4)
     assert Worker(store, CPU, 1).learn("task", spool, CONFIG, None, tracker) == 1

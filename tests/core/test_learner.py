@@ -324,10 +324,10 @@ def test_a_seed_decides_everything(
 def test_the_global_generators_are_left_alone(backbone: Backbone, blank: ContinualModel) -> None:
     torch.manual_seed(7)
     np.random.seed(7)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]
     learn(blank, backbone, tiny.images(FIRST, 6), augmentation="flip")
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index,union-attr]
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]
 
 
 def test_what_was_learned_before_on_this_backbone_does_not_matter(

@@ -127,15 +127,18 @@ def test_bytes_too_many_are_found(intact: Path) -> None:
 def test_lines_that_are_lost_or_repeated_are_found(intact: Path) -> None:
     def lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytearray], None]:
         def apply(content: bytearray) -> None:
-            content[:] = b"".join(change(content.splitlines(keepends=True)))
+            content[:] = b"".join(change(bytes(content).splitlines(keepends=True)))
 
         return apply
 
     assert noticed(intact, "examples.jsonl", lines(lambda rows: [*rows[:1], *rows]))
     assert noticed(intact, "examples.jsonl", lines(lambda rows: [*rows, rows[0]]))
     for index in range(len(SOME) + 1):
-        without = lines(lambda rows, i=index: rows[:i] + rows[i + 1 :])
-        assert noticed(intact, "examples.jsonl", without)
+
+        def without(rows: list[bytes], index: int = index) -> list[bytes]:
+            return rows[:index] + rows[index + 1 :]
+
+        assert noticed(intact, "examples.jsonl", lines(without))
 
 
 def noticed(intact: Path, name: str, change: Callable[[bytearray], object]) -> bool:

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -22,7 +23,7 @@ from inflora_core.store import initial_layer
 SIDE = 16
 WIDTH = 32
 ARCHITECTURE = "vit_tiny_patch16_224"
-MODEL_ARGS = {
+MODEL_ARGS: dict[str, Any] = {
     "img_size": SIDE,
     "patch_size": 4,
     "embed_dim": WIDTH,

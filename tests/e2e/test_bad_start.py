@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -84,8 +85,8 @@ def test_a_damaged_backbone_file(backbone_file: Path, tmp_path: Path) -> None:
 
 def test_a_backbone_that_cannot_be_taught(tmp_path: Path) -> None:
     path = tmp_path / "swin.safetensors"
-    args = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 8, "depths": [1, 1]}
-    args |= {"num_heads": [1, 2]}
+    args: dict[str, Any] = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 8}
+    args |= {"depths": [1, 1], "num_heads": [1, 2]}
     name = "swin_tiny_patch4_window7_224"
     swin = timm.create_model(name, num_classes=0, **args)
     config = {"architecture": name, "model_args": args, "pretrained_cfg": {}}

@@ -59,7 +59,7 @@ class Job:
 
 def health(server: RunningServer) -> dict[str, str]:
     with grpc.insecure_channel(server.address) as channel:
-        check = health_pb2_grpc.HealthStub(channel).Check
+        check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
         return {
             name: health_pb2.HealthCheckResponse.ServingStatus.Name(
                 check(health_pb2.HealthCheckRequest(service=name)).status
@@ -212,7 +212,8 @@ def test_the_downloaded_file_gives_the_server_s_answers(job: Job, tmp_path: Path
     assert metadata["version"] == "2"
     encoded = images(*FIRST, *SECOND, each=6)
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(image))) for image in encoded])
-    assert (pixels.dtype, pixels.shape) == (np.uint8, (30, SIDE, SIDE, 3))
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (30, SIDE, SIDE, 3)
     logits, probabilities = session.run(["logits", "probabilities"], {"images": pixels})
     answers = job.client.predict(encoded, top_k=5, version=2)
     assert [classes[i] for i in logits.argmax(1)] == labels_of(answers)

@@ -11,12 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from inflora_client import Client, RetryPolicy, Task, TaskStage, TaskState, UnavailableError
+from inflora_client import (
+    Client,
+    LearnOptions,
+    RetryPolicy,
+    Task,
+    TaskStage,
+    TaskState,
+    UnavailableError,
+)
 from tests.e2e.conftest import connect, examples, images, serving
 from tests.running_server import RunningServer
 
-LONG = {"epochs": 60, "batch_size": 1}
+LONG: LearnOptions = {"epochs": 60, "batch_size": 1}
 """Longer than it takes to stop a server."""
+NAMED: LearnOptions = {**LONG, "request_id": "second"}
 
 
 @pytest.fixture
@@ -42,7 +51,7 @@ def test_a_task_that_was_being_learned_is_finished_once(folder: Path, gently: bo
     """After SIGTERM, ``running_server`` demands the exit status 0."""
     with serving(folder, stop=gently) as server, connect(server) as client:
         first = learn(client, "red", "green")
-        second = client.learn(examples("blue", "white", each=6), request_id="second", **LONG)
+        second = client.learn(examples("blue", "white", each=6), **NAMED)
         third = client.learn(examples("cyan", each=6))
         wait_for_training(client, second)
         assert client.task(second).state is TaskState.LEARNING
@@ -52,7 +61,7 @@ def test_a_task_that_was_being_learned_is_finished_once(folder: Path, gently: bo
         answer = client.predict(images("red"))
         assert answer.version == first.version
         assert client.task(first) == first
-        again = client.learn(examples("blue", "white", each=6), request_id="second", **LONG)
+        again = client.learn(examples("blue", "white", each=6), **NAMED)
         assert again.name == second.name, "it was not forgotten that it was accepted"
         done = [client.wait(task) for task in (second, third)]
         assert [task.version for task in done] == [f"models/default/versions/{n}" for n in (2, 3)]
