@@ -17,6 +17,9 @@ RIDGE = 0.01
 TEMPERATURE = 4.0
 """What LDA's logits are divided by: the few images of a task make its covariance too small."""
 
+LARGEST_LOGIT = 30.0
+"""Of a class's mean; easy classes would have logits of 1e5, which float32 cannot hold to 1e-4."""
+
 
 def random_head(embedding_size: int, classes: int, seed: int) -> nn.Linear:
     """Return a head with random weights as ``nn.Linear`` draws them, as the published code does."""
@@ -70,7 +73,8 @@ def lda_head(statistics: ClassStatistics) -> tuple[Array, Array]:
 
     With the shared covariance S, ``w_c = S^-1 (mu_c - m)`` and ``b_c = -w_c (mu_c + m) / 2``, m
     being the mean of the means; equal priors. S gets a ridge of its mean variance times
-    max(RIDGE, e / (20 n)) for n images.
+    max(RIDGE, e / (20 n)) for n images. Logits are divided by TEMPERATURE, or by as much as keeps
+    those of the means within LARGEST_LOGIT; neither changes which class wins.
 
     Returns:
         Weight (classes, e) and bias (classes,), float32.
@@ -85,4 +89,6 @@ def lda_head(statistics: ClassStatistics) -> tuple[Array, Array]:
     centre = means.mean(0)
     weight = np.linalg.solve(covariance + ridge * variance * np.eye(size), (means - centre).T).T
     bias = -0.5 * (weight * (means + centre)).sum(1)
-    return (weight / TEMPERATURE).astype(np.float32), (bias / TEMPERATURE).astype(np.float32)
+    largest = float(np.abs(means @ weight.T + bias).max())
+    divisor = max(TEMPERATURE, largest / LARGEST_LOGIT)
+    return (weight / divisor).astype(np.float32), (bias / divisor).astype(np.float32)

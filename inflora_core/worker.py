@@ -170,7 +170,7 @@ class Channel:
         self._events = events
         self._todo: queue.Queue[dict[str, Any]] = queue.Queue()
         self._cancelled: set[str] = set()
-        self._reported: tuple[float, Stage | None, int] = (0.0, None, 0)
+        self._reported: tuple[float, tuple[str, Stage, int] | None] = (0.0, None)
         threading.Thread(target=self._read, args=(commands,), daemon=True).start()
 
     def send(self, event: str, **fields: Any) -> None:
@@ -189,11 +189,11 @@ class Channel:
         if task in self._cancelled and progress.stage is not Stage.PUBLISHING:
             raise CancelledError("cancelled on request")
         # Every event wakes the server and all who watch: some a second, and each stage and epoch.
-        since, stage, epoch = self._reported
-        soon = time.monotonic() - since < PROGRESS_SECONDS
-        if soon and (stage, epoch) == (progress.stage, progress.epoch):
+        now, place = time.monotonic(), (task, progress.stage, progress.epoch)
+        last, where = self._reported
+        if where == place and now - last < PROGRESS_SECONDS:
             return
-        self._reported = time.monotonic(), progress.stage, progress.epoch
+        self._reported = now, place
         self.send("progress", task=task, **asdict(progress))
 
     def _read(self, commands: TextIO) -> None:

@@ -59,6 +59,7 @@ def running_server(
     """
     folder.mkdir(parents=True, exist_ok=True)
     pipe, log = folder / "ready", folder / "server.log"
+    pipe.unlink(missing_ok=True)  # of a server that used the folder before
     command = [sys.executable, "-m", "inflora_service", "--store", str(folder / "store")]
     command += ["--port", "0", "--ready-file", str(pipe), *options]
     # Of a package that is not installed, the roots must be on the path of both processes.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
-from inflora_core.heads import RIDGE, ClassStatistics, lda_head, random_head
+from inflora_core.heads import LARGEST_LOGIT, RIDGE, ClassStatistics, lda_head, random_head
 from inflora_core.model import ContinualModel
 
 
@@ -63,6 +63,16 @@ def test_with_one_image_a_class_the_nearest_mean_wins(seed: int, classes: int) -
     clear = (two[:, 1] - two[:, 0]) > 1e-2
     answers = torch.from_numpy(queries.numpy() @ weight.T + bias).argmax(1)
     assert torch.equal(answers[clear], distances.argmin(1)[clear])
+
+
+def test_logits_stay_small_however_easy_the_classes_are() -> None:
+    features, labels = clusters(0, [50, 50, 50], 6)
+    means = torch.stack([features[labels == c].mean(0) for c in range(3)])
+    easy = means[labels] + 1e-3 * (features - means[labels])
+    weight, bias = lda_head(untaught(6).with_classes(easy, labels, 3))
+    logits = easy.numpy() @ weight.T + bias
+    assert np.abs(logits).max() < 1.1 * LARGEST_LOGIT
+    assert (logits.argmax(1) == labels.numpy()).all()
 
 
 def test_a_single_class_has_a_head_of_zeros() -> None:
