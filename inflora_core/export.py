@@ -35,6 +35,7 @@ from inflora_core.graph import (
     value_weight,
 )
 from inflora_core.model import ParityReport
+from inflora_core.predictor import CPU, session_options
 
 LARGEST_FILE = 2**31 - 2**20
 """A protobuf message ends at 2 GiB; weights beyond would have to lie in files of their own."""
@@ -210,12 +211,8 @@ def _full_precision() -> Iterator[None]:
 
 
 def _session(model: bytes) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    options = session_options(torch.get_num_threads())
+    return ort.InferenceSession(model, options, providers=[CPU])
 
 
 class _Projections:

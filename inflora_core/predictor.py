@@ -209,9 +209,11 @@ def _open_classify(model: bytes, options: RuntimeOptions) -> ort.InferenceSessio
         # TF32 keeps 10 bits of every factor: logits would differ from the CPU's by 1e-3 and more,
         # and the exported file must give the server's answers.
         with contextlib.suppress(DamagedError):
-            session = _open(model, _session_options(options), [(CUDA, {"use_tf32": "0"}), CPU])
+            session = _open(
+                model, session_options(options.intra_op_threads), [(CUDA, {"use_tf32": "0"}), CPU]
+            )
     if session is None:
-        session = _open(model, _session_options(options), [CPU])
+        session = _open(model, session_options(options.intra_op_threads), [CPU])
     actual = session.get_providers()[0]
     if options.provider == "cuda" and actual != CUDA:
         # onnxruntime itself falls back without a word; a server that was promised a GPU would be
@@ -235,11 +237,16 @@ def _open(model: bytes, options: ort.SessionOptions, providers: list[Any]) -> or
         raise DamagedError(f"onnxruntime does not take the model: {str(error)[:300]}") from error
 
 
-def _session_options(options: RuntimeOptions) -> ort.SessionOptions:
+def session_options(threads: int) -> ort.SessionOptions:
+    """Return the settings that every session of ours shares.
+
+    Args:
+        threads: Of one run; 0 for one on each processor.
+    """
     session = ort.SessionOptions()
     # Not 0: onnxruntime would pin a thread to every core of the machine, also in a container that
     # may use two of them.
-    session.intra_op_num_threads = options.intra_op_threads or processors()
+    session.intra_op_num_threads = threads or processors()
     session.inter_op_num_threads = 1
     session.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     session.log_severity_level = 3  # errors
@@ -249,7 +256,7 @@ def _session_options(options: RuntimeOptions) -> ort.SessionOptions:
 
 
 def _preprocess_options(options: RuntimeOptions) -> ort.SessionOptions:
-    session = _session_options(options)
+    session = session_options(options.intra_op_threads)
     # An arena never shrinks: one photo of 60 million pixels would hold gigabytes for good. And a
     # memory plan would be kept for every size of image that ever came.
     session.enable_cpu_mem_arena = False

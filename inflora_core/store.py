@@ -66,6 +66,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MODEL = "default"
+"""The one model of a server, for now; names leave room for more."""
+
 ONNX_FILE = "model.onnx"
 
 _MANIFEST = "manifest.json"

@@ -54,6 +54,7 @@ from inflora_core.graph import materialise
 from inflora_core.images import decode
 from inflora_core.learner import before_merging, learn_task
 from inflora_core.model import Array, ContinualModel, LabelledImages, Progress, Stage
+from inflora_core.predictor import processors
 from inflora_core.progress import Tracker
 from inflora_core.spool import read_spool
 from inflora_core.store import Store
@@ -267,7 +268,7 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     # One processor is left to predictions. With a thread on that one, too, every parallel section
     # of the training would wait for a thread that, at this priority, hardly ever runs.
-    threads = args.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+    threads = args.threads or max(1, processors() - 1)
     torch.set_num_threads(threads)
     name = args.device
     if name == "auto":

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from inflora_core.errors import InvalidInputError, NotFoundError
+from inflora_core.store import MODEL
 
 T = TypeVar("T")
-
-MODEL = "default"
-"""The one model of a server, for now; names leave room for more."""
 
 MODEL_NAME = f"models/{MODEL}"
 
