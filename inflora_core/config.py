@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -10,6 +11,13 @@ from inflora_core.errors import InvalidInputError
 
 Criterion = Literal["code", "paper"]
 FirstTask = Literal["reach", "one-fewer"]
+
+
+LEAST_STEPS = 60
+"""Steps that a task with few images is trained for: ten classes of 40 images in 5 epochs."""
+
+MOST_STEPS = 3000
+"""Steps after which a task with many images has had enough."""
 
 
 class LearnConfig(BaseModel):
@@ -23,7 +31,9 @@ class LearnConfig(BaseModel):
     preset: str = "default"
     rank: int = Field(10, ge=1, le=1024)
     """Upper bound of r, the rank of ``A_t B_t``."""
-    epochs: int = Field(5, ge=1, le=10_000)
+    epochs: int | None = Field(None, ge=1, le=10_000)
+    """None: as many as make LEAST_STEPS steps, from 5 to 100, fewer once MOST_STEPS are reached;
+    then training also ends early, when the held-out images stop getting better."""
     batch_size: int = Field(32, ge=1, le=4096)
     learning_rate: float = Field(1e-3, gt=0, le=10)
     """Base rate of Adam, for the expansions and the new head."""
@@ -50,6 +60,18 @@ class LearnConfig(BaseModel):
     head: Literal["trained", "lda"] = "lda"
     """What answers: the heads as each was trained in its task, or linear discriminant analysis
     from the statistics of all classes. The latter keeps tasks apart, too (``heads.py``)."""
+
+    softness: float = Field(0.35, ge=0, lt=1)
+    """How unsure of itself the LDA head is that A_t is trained against: its cross-entropy on the
+    task's images, each left out, as a share of that of a head that knows nothing."""
+
+    def epochs_for(self, images: int) -> int:
+        """Return how many passes over so many training images there will be, at most."""
+        if self.epochs is not None:
+            return self.epochs
+        steps = math.ceil(images / self.batch_size)
+        wanted = min(max(5, math.ceil(LEAST_STEPS / steps)), 100)
+        return max(1, min(wanted, MOST_STEPS // steps))
 
     @model_validator(mode="after")
     def _thresholds_rise(self) -> LearnConfig:

@@ -8,11 +8,14 @@ One file goes from images to answers, and can be split at ``pixels`` into two:
       | classify: frozen backbone, merged K and V weights, head
     logits, probabilities (batch, classes), embedding (batch, e), novelty (batch,) float32
 
-``novelty`` is 1 - the largest probability. The graph is composed once for each backbone
-(``compose``); a version's file is that template with the initializers of ``materialise``
-replaced. Weights that tasks change are stored transposed, so that each is one plain MatMul:
-``{layer}.key.weight`` and ``{layer}.value.weight`` (d, a), ``head.weight`` (e, classes),
-``head.bias`` (classes,).
+``novelty`` is 0 (known) to 1 (new): the share of known images that look less new, measured on
+images that were held out (``inflora_core.model.Novelty`` says how). The graph is composed once for
+each backbone (``compose``); a version's file is that template with the initializers of
+``materialise`` replaced. Weights that tasks change are stored transposed, so that each is one plain
+MatMul: ``{layer}.key.weight`` and ``{layer}.value.weight`` (d, a), ``head.weight`` (e, classes),
+``head.bias`` (classes,), and of the novelty score ``novelty.weight`` (e, classes), ``novelty.bias``
+(classes,), ``novelty.whitening`` (e, e), ``novelty.offset`` (e,), ``novelty.knots``,
+``novelty.widths`` and ``novelty.slopes`` (k,).
 
 The file's ``metadata_props``:
 
@@ -29,7 +32,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +48,14 @@ from onnx import (
 )
 
 from inflora_core.errors import DamagedError, InvalidInputError, UnsupportedBackboneError
-from inflora_core.model import ContinualModel, Preprocessing
+from inflora_core.model import (
+    MOST_NOVEL,
+    Array,
+    Calibration,
+    ContinualModel,
+    Novelty,
+    Preprocessing,
+)
 
 OPSET = 20
 IR_VERSION = 10
@@ -60,8 +70,18 @@ OUTPUTS = (LOGITS, PROBABILITIES, EMBEDDING, NOVELTY)
 
 HEAD_WEIGHT = "head.weight"
 HEAD_BIAS = "head.bias"
+NOVELTY_WEIGHT = "novelty.weight"
+NOVELTY_BIAS = "novelty.bias"
+NOVELTY_WHITENING = "novelty.whitening"
+NOVELTY_OFFSET = "novelty.offset"
+NOVELTY_KNOTS = "novelty.knots"
+NOVELTY_WIDTHS = "novelty.widths"
+NOVELTY_SLOPES = "novelty.slopes"
 
 PRODUCER = "inflora-server"
+
+_FIXED_SIDES = {HEAD_WEIGHT: 1, HEAD_BIAS: 0, NOVELTY_WEIGHT: 1, NOVELTY_BIAS: 0}
+"""Leading sides of an initializer that a version cannot change; the rest grows with the classes."""
 
 _PREPROCESS = "preprocess."
 _HEAD = "head."
@@ -124,9 +144,18 @@ def compose(
     _check_backbone(backbone, layers)
     size = ("batch", 3, preprocessing.height, preprocessing.width)
     prepare, prepare_weights = _preprocess(preprocessing)
-    head_weights = [
-        _tensor(HEAD_WEIGHT, np.zeros((embedding_size, 1), np.float32)),
-        _tensor(HEAD_BIAS, np.zeros(1, np.float32)),
+    blank = [
+        _tensor(name, array.astype(np.float32))
+        for name, array in _answers(
+            np.zeros((1, embedding_size)),
+            np.zeros(1),
+            replace(
+                Novelty.untaught(embedding_size),
+                weight=np.zeros((1, embedding_size)),
+                bias=np.zeros(1),
+            ),
+            Calibration.untaught(),
+        ).items()
     ]
     head, constants = _head()
     graph = helper.make_graph(
@@ -143,7 +172,7 @@ def compose(
             *prepare_weights,
             *(_plain_tensor(tensor) for tensor in backbone.graph.initializer),
             *constants,
-            *head_weights,
+            *blank,
         ],
         # Slicing at computed positions hides the size; saying it lets runtimes plan and fuse.
         value_info=[_value(PIXELS, TensorProto.FLOAT, size)],
@@ -183,21 +212,19 @@ def materialise(
             ``metadata`` is taken.
         DamagedError: if ``template`` is not a template.
     """
-    if not model.classes or model.head_weight.shape[0] != len(model.classes):
-        raise InvalidInputError(
-            f"a file needs as many head rows ({len(model.head_weight)}) as classes "
-            f"({len(model.classes)}), and at least one"
-        )
+    for rows in (model.head_weight, model.novelty.weight):
+        if not model.classes or len(rows) != len(model.classes):
+            raise InvalidInputError(
+                f"a file needs as many head rows ({len(rows)}) as classes "
+                f"({len(model.classes)}), and at least one"
+            )
     if taken := set(metadata or ()).intersection(_RESERVED_KEYS):
         raise InvalidInputError(f"metadata key {min(taken)!r} is taken")
     proto = _own(template)
     card = read_metadata(proto)
     if tuple(model.layers) != card.layers:
         raise InvalidInputError("the model's layers are not those of the template")
-    changed: dict[str, NDArray[Any]] = {
-        HEAD_WEIGHT: model.head_weight.T,
-        HEAD_BIAS: model.head_bias,
-    }
+    changed = _answers(model.head_weight, model.head_bias, model.novelty, model.calibration)
     for name, layer in model.layers.items():
         key, value = np.split(layer.key_value, 2)
         changed[key_weight(name)], changed[value_weight(name)] = key.T, value.T
@@ -342,13 +369,45 @@ def _scaled_sides(graph: _Nodes, sides: str, to: Preprocessing) -> str:
     return graph.add("Cast", rounded, to=TensorProto.INT64)
 
 
+def _answers(
+    head_weight: Array, head_bias: Array, novelty: Novelty, calibration: Calibration
+) -> dict[str, Array]:
+    """Return the initializers behind ``embedding``, by name."""
+    levels = calibration.levels.astype(np.float64)
+    knots = np.concatenate([[0.0], levels, [MOST_NOVEL]])
+    # Where many images had the same score, the share rises at once.
+    widths = np.maximum(np.diff(knots), 1e-6)
+    return {
+        HEAD_WEIGHT: head_weight.T,
+        HEAD_BIAS: head_bias,
+        NOVELTY_WEIGHT: novelty.weight.T,
+        NOVELTY_BIAS: novelty.bias,
+        NOVELTY_WHITENING: novelty.whitening,
+        NOVELTY_OFFSET: novelty.offset,
+        NOVELTY_KNOTS: knots[:-1],
+        NOVELTY_WIDTHS: widths,
+        NOVELTY_SLOPES: 1 / (len(widths) * widths),
+    }
+
+
 def _head() -> tuple[list[NodeProto], list[TensorProto]]:
     """Return nodes and constants from ``embedding`` to the other outputs."""
     graph = _Nodes(_HEAD)
     graph.add("Gemm", EMBEDDING, HEAD_WEIGHT, HEAD_BIAS, output=LOGITS)
     graph.add("Softmax", LOGITS, output=PROBABILITIES, axis=-1)
-    top = graph.add("ReduceMax", PROBABILITIES, graph.constant("axis", [1]), keepdims=0)
-    graph.add("Sub", graph.constant("one", np.float32(1)), top, output=NOVELTY)
+    axis = graph.constant("axis", [1])
+    directions = graph.add("Gemm", EMBEDDING, NOVELTY_WEIGHT, NOVELTY_BIAS)
+    along = graph.add("ReduceMax", directions, axis, keepdims=1)
+    whitened = graph.add("Gemm", EMBEDDING, NOVELTY_WHITENING, NOVELTY_OFFSET)
+    length = graph.add("ReduceL2", whitened, axis, keepdims=1)
+    # An image at the centre of all classes has no direction.
+    length = graph.add("Max", length, graph.constant("least", np.float32(1e-6)))
+    one, zero = graph.constant("one", np.float32(1)), graph.constant("zero", np.float32(0))
+    score = graph.add("Sub", one, graph.add("Div", along, length))
+    above = graph.add("Max", graph.add("Sub", score, NOVELTY_KNOTS), zero)
+    risen = graph.add("Mul", graph.add("Min", above, NOVELTY_WIDTHS), NOVELTY_SLOPES)
+    share = graph.add("ReduceSum", risen, axis, keepdims=0)
+    graph.add("Min", share, one, output=NOVELTY)
     return graph.nodes, graph.constants
 
 
@@ -426,7 +485,7 @@ def _replace(graph: GraphProto, arrays: Mapping[str, NDArray[Any]]) -> None:
         array = left.pop(tensor.name, None)
         if array is None:
             continue
-        fixed = 0 if tensor.name == HEAD_BIAS else 1 if tensor.name == HEAD_WEIGHT else 2
+        fixed = _FIXED_SIDES.get(tensor.name, len(tensor.dims))
         if len(array.shape) != len(tensor.dims) or list(array.shape)[:fixed] != list(
             tensor.dims[:fixed]
         ):

@@ -1,31 +1,41 @@
-"""Linear heads on the final features, and the statistics of the classes they are made from."""
+"""What answers: linear discriminant analysis from the statistics of the classes. No torch.
+
+Heads that were each trained in their own task have never been compared with each other. Statistics
+of all classes can be, without keeping an image. docs/method.md has the figures of the alternatives.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from inflora_core.model import Array, ContinualModel
+from inflora_core.model import (
+    MOST_NOVEL,
+    Array,
+    Calibration,
+    ContinualModel,
+    HeldOut,
+    Novelty,
+)
 
-RIDGE = 0.01
-"""Least ridge of ``lda_head``, as a share of the mean variance of a feature."""
-
-TEMPERATURE = 4.0
-"""What LDA's logits are divided by: the few images of a task make its covariance too small."""
+TEMPERATURE = 6.0
+"""What LDA's logits are divided by until there are images to fit it on (``fit_temperature``)."""
 
 LARGEST_LOGIT = 30.0
 """Of a class's mean; easy classes would have logits of 1e5, which float32 cannot hold to 1e-4."""
 
+TINY = 1e-6
+"""Against division by the size of an image that lies at the centre of all classes."""
 
-def random_head(embedding_size: int, classes: int, seed: int) -> nn.Linear:
-    """Return a head with random weights as ``nn.Linear`` draws them, as the published code does."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Linear(embedding_size, classes)
+DRIFT_RIDGE = 1.0
+"""Of the regression that follows the features, as a share of their mean squared size."""
+
+EXAMINED_IMAGES = 2000
+"""Of a task's training images at most: enough to measure a few numbers on."""
+
+_TEMPERATURES = np.geomspace(0.5, 50.0, 93)
 
 
 @dataclass(frozen=True)
@@ -47,48 +57,375 @@ class ClassStatistics:
         """Return the statistics that ``model`` keeps."""
         return cls(model.class_means, model.class_counts, model.class_scatter)
 
-    def with_classes(self, features: Tensor, labels: Tensor, classes: int) -> ClassStatistics:
-        """Append ``classes`` new classes.
+    @property
+    def images(self) -> int:
+        """How many images all means are over."""
+        return int(self.counts.sum())
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of ``scatter``: images beyond the first of each class."""
+        return max(self.images - int((self.counts > 0).sum()), 0)
+
+    def with_images(self, features: Array, positions: Array, classes: int) -> ClassStatistics:
+        """Add images, of new classes or of known ones.
+
+        Known and new images of a class are pooled: its mean is over all of them, and the scatter
+        gets what lies between the two means.
 
         Args:
-            features: (n, e) final features of the new classes' images.
-            labels: (n,) positions among the new classes, each class at least once.
-            classes: Number of new classes.
+            features: (n, e) final features.
+            positions: (n,) int, each image's class among all ``classes``.
+            classes: Number of classes afterwards, at least as many as there are now.
         """
-        rows = features.double()
-        one_hot = F.one_hot(labels, classes).double()
-        counts = one_hot.sum(0)
-        means = (one_hot.mT @ rows) / counts[:, None]
-        deviations = rows - means[labels]
-        scatter = (deviations.mT @ deviations).cpu().numpy()
+        rows = np.asarray(features, np.float64)
+        size = self.scatter.shape[0]
+        old_means, old_counts = np.zeros((classes, size)), np.zeros(classes, np.int64)
+        old_means[: len(self.means)], old_counts[: len(self.counts)] = self.means, self.counts
+        added = np.bincount(positions, minlength=classes)
+        sums = np.zeros((classes, size))
+        np.add.at(sums, positions, rows)
+        arrived = np.flatnonzero(added)
+        new_means = np.zeros((classes, size))
+        new_means[arrived] = sums[arrived] / added[arrived, None]
+        deviations = rows - new_means[positions]
+        counts = old_counts + added
+        share = added / np.maximum(counts, 1)
+        between = (new_means - old_means)[arrived]
+        weight = (old_counts * share)[arrived, None]
+        scatter = self.scatter + deviations.T @ deviations + between.T @ (weight * between)
+        means = old_means + share[:, None] * (new_means - old_means)
         return ClassStatistics(
-            np.concatenate([self.means, means.float().cpu().numpy()]),
-            np.concatenate([self.counts, counts.long().cpu().numpy()]),
-            (self.scatter + scatter).astype(np.float32),
+            means.astype(np.float32), counts.astype(np.int64), scatter.astype(np.float32)
         )
 
+    def drifted(self, before: Array, after: Array) -> ClassStatistics:
+        """Return the statistics as they would be if measured after a task moved the features.
 
-def lda_head(statistics: ClassStatistics) -> tuple[Array, Array]:
-    """Linear discriminant analysis over all classes: heads of different tasks can be compared.
+        The images that they are of are gone, but the task's own images were seen before and after:
+        a ridge regression of (after - before) on before says how features move, and the means move
+        with it (Gomez-Villa et al., "Exemplar-free Continual Representation Learning via Learnable
+        Drift Compensation", 2024; there without the pull towards "does not move").
 
-    With the shared covariance S, ``w_c = S^-1 (mu_c - m)`` and ``b_c = -w_c (mu_c + m) / 2``, m
-    being the mean of the means; equal priors. S gets a ridge of its mean variance times
-    max(RIDGE, e / (20 n)) for n images. Logits are divided by TEMPERATURE, or by as much as keeps
-    those of the means within LARGEST_LOGIT; neither changes which class wins.
+        Args:
+            before: (n, e) features of the task's images with the older weights.
+            after: (n, e) features of the same images with the newer ones.
+        """
+        if not len(self.means):
+            return self
+        rows = np.asarray(before, np.float64)
+        gram = rows.T @ rows
+        ridge = DRIFT_RIDGE * float(np.trace(gram)) / len(gram) * np.eye(len(gram))
+        movement = np.linalg.solve(gram + ridge, rows.T @ (np.asarray(after, np.float64) - rows))
+        means = self.means.astype(np.float64)
+        return ClassStatistics(
+            (means + means @ movement).astype(np.float32), self.counts, self.scatter
+        )
+
+    def covariance(self) -> tuple[Array, float]:
+        """Return the shared covariance (e, e) float64, shrunk towards a sphere, and by what share.
+
+        The share is the oracle approximating shrinkage of Chen et al., "Shrinkage Algorithms for
+        MMSE Covariance Estimation" (2010), equation 23: from S and the degrees of freedom alone,
+        with nothing to be tuned from 2 images a class to thousands.
+        """
+        size = len(self.scatter)
+        scatter = self.scatter.astype(np.float64)
+        trace = float(np.trace(scatter))
+        if self.freedom == 0 or trace <= 0:
+            # One image a class: the nearest mean is all that can be said.
+            scale = float(np.mean(self.means.astype(np.float64) ** 2)) or 1.0
+            return scale * np.eye(size), 1.0
+        sample = scatter / self.freedom
+        square, power = float((sample**2).sum()), (trace / self.freedom) ** 2
+        spread = (self.freedom + 1 - 2 / size) * (square - power / size)
+        towards = (1 - 2 / size) * square + power
+        shrinkage = 1.0 if spread <= towards else towards / spread
+        sphere = trace / self.freedom / size * np.eye(size)
+        return (1 - shrinkage) * sample + shrinkage * sphere, shrinkage
+
+
+@dataclass(frozen=True)
+class Discriminant:
+    """Linear discriminant analysis over all classes, before its temperature.
+
+    With the shared covariance S and m the mean of the means: w_c = S^-1 (mu_c - m) and
+    b_c = -w_c (mu_c + m) / 2; equal priors.
+
+    Attributes:
+        weight: (classes, e) float64.
+        bias: (classes,) float64.
+        centre: (e,) m.
+        precision: (e, e) S^-1.
+    """
+
+    weight: Array
+    bias: Array
+    centre: Array
+    precision: Array
+
+    @classmethod
+    def of(cls, statistics: ClassStatistics) -> Discriminant:
+        """Return the discriminant of at least one class."""
+        means = statistics.means.astype(np.float64)
+        covariance, _ = statistics.covariance()
+        precision = np.linalg.inv(covariance)
+        precision = (precision + precision.T) / 2
+        centre = means.mean(0)
+        weight = (means - centre) @ precision
+        return cls(weight, -0.5 * (weight * (means + centre)).sum(1), centre, precision)
+
+    def logits(self, features: Array) -> Array:
+        """Return (n, classes) float64 for features (n, e)."""
+        return np.asarray(features, np.float64) @ self.weight.T + self.bias
+
+    def divided(self, means: Array, temperature: float) -> tuple[Array, Array]:
+        """Return weight (classes, e) and bias (classes,), float32, of calibrated logits.
+
+        They are divided by ``temperature``, or by as much as keeps the logits of the ``means``
+        within LARGEST_LOGIT; neither changes which class wins.
+        """
+        largest = float(np.abs(self.logits(means)).max())
+        divisor = max(temperature, largest / LARGEST_LOGIT)
+        return (self.weight / divisor).astype(np.float32), (self.bias / divisor).astype(np.float32)
+
+
+def leave_one_out(
+    statistics: ClassStatistics, features: Array, positions: Array
+) -> tuple[Array, Array, Array]:
+    """Return LDA's answers for images that ``statistics`` contain, each as if it were not in them.
+
+    Leaving x out takes n_c / (n_c - 1) d d^T, with d = x - mu_c, from the scatter, and moves the
+    mean of x's class; the precision follows by the Sherman-Morrison formula. Shrinkage, degrees of
+    freedom and the centre stay as they are, and so does the precision that novelty is scored with.
+
+    Args:
+        statistics: Over all images, those of ``features`` among them.
+        features: (n, e).
+        positions: (n,) int, the class of each.
 
     Returns:
-        Weight (classes, e) and bias (classes,), float32.
+        Logits (m, classes) float64 and novelty scores (m,) of those images whose class has others,
+        and which these are, (m,) int.
     """
+    kept = np.flatnonzero(statistics.counts[positions] > 1)
+    rows, labels = np.asarray(features, np.float64)[kept], positions[kept]
+    if not len(kept):
+        return np.zeros((0, len(statistics.means))), np.zeros(0), kept
+    discriminant = Discriminant.of(statistics)
+    precision = discriminant.precision
     means = statistics.means.astype(np.float64)
-    classes, size = means.shape
-    images = int(statistics.counts.sum())
-    covariance = statistics.scatter.astype(np.float64) / max(images - classes, 1)
-    # With one image a class there is no deviation: then the nearest mean is all that can be said.
-    variance = covariance.trace() / size or float(np.mean(means**2)) or 1.0
-    ridge = max(RIDGE, size / (20 * images))
-    centre = means.mean(0)
-    weight = np.linalg.solve(covariance + ridge * variance * np.eye(size), (means - centre).T).T
-    bias = -0.5 * (weight * (means + centre)).sum(1)
-    largest = float(np.abs(means @ weight.T + bias).max())
-    divisor = max(TEMPERATURE, largest / LARGEST_LOGIT)
-    return (weight / divisor).astype(np.float32), (bias / divisor).astype(np.float32)
+    _, shrinkage = statistics.covariance()
+    count = statistics.counts[labels].astype(np.float64)
+    deviation = rows - means[labels]
+    left_out = (1 - shrinkage) / max(statistics.freedom, 1) * count / (count - 1)
+    lever = deviation @ precision
+    # Images that alone span a direction would make it singular: never quite.
+    gain = left_out / np.maximum(1 - left_out * (deviation * lever).sum(1), 1e-3)
+    around = rows - discriminant.centre
+    centred = means - discriminant.centre
+    across, along = lever @ centred.T, (lever * around).sum(1)
+    inner = around @ discriminant.weight.T
+    sizes = (discriminant.weight * centred).sum(1)
+    logits = inner + (gain * along)[:, None] * across
+    logits -= 0.5 * (sizes[None] + gain[:, None] * across**2)
+    cosines = inner / np.sqrt(np.maximum(sizes, TINY))
+    own = centred[labels] - deviation / (count - 1)[:, None]
+    own_across = (own * lever).sum(1)
+    own_inner, own_size = ((own @ precision) * around).sum(1), ((own @ precision) * own).sum(1)
+    each = np.arange(len(kept)), labels
+    logits[each] = own_inner + gain * own_across * along
+    logits[each] -= 0.5 * (own_size + gain * own_across**2)
+    cosines[each] = own_inner / np.sqrt(np.maximum(own_size, TINY))
+    length = np.sqrt(np.maximum(((around @ precision) * around).sum(1), TINY))
+    return logits, 1 - cosines.max(1) / length, kept
+
+
+def cross_entropy(logits: Array, positions: Array, temperature: float) -> float:
+    """Return the mean cross-entropy of (n, classes) logits divided by ``temperature``."""
+    scaled = logits / temperature
+    scaled -= scaled.max(1, keepdims=True)
+    truth = scaled[np.arange(len(scaled)), positions]
+    return float((np.log(np.exp(scaled).sum(1)) - truth).mean())
+
+
+def fit_temperature(logits: Array, positions: Array) -> float:
+    """Return the temperature, 0.5 to 50, at which logits (n, classes) are the likeliest.
+
+    Guo et al., "On Calibration of Modern Neural Networks" (2017), section 4.2.
+    """
+    losses = [cross_entropy(logits, positions, t) for t in _TEMPERATURES]
+    return float(_TEMPERATURES[int(np.argmin(losses))])
+
+
+def teaching_temperature(logits: Array, positions: Array, share: float) -> float:
+    """Return the temperature at which the cross-entropy is ``share`` of that of knowing nothing.
+
+    A head that is sure of itself teaches nothing: the loss of classes that frozen features tell
+    apart already is next to 0, and so are its gradients. Never below the likeliest temperature.
+
+    Args:
+        logits: (n, classes), of images that the head was not made from.
+        positions: (n,) their classes.
+        share: 0 to 1, of log(classes).
+    """
+    low = fit_temperature(logits, positions)
+    wanted = share * math.log(max(logits.shape[1], 2))
+    high = 1e8
+    if cross_entropy(logits, positions, low) >= wanted:
+        return low
+    # The loss rises with the temperature from there: halve the interval, on a logarithmic scale.
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        if cross_entropy(logits, positions, middle) < wanted:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def novelty_of(statistics: ClassStatistics, discriminant: Discriminant) -> Novelty:
+    """Return what scores images by the largest cosine with a class's mean, whitened, around m."""
+    whitening = np.linalg.cholesky(discriminant.precision)
+    means = (statistics.means.astype(np.float64) - discriminant.centre) @ whitening
+    sizes = np.linalg.norm(means, axis=1, keepdims=True)
+    directions = np.divide(means, sizes, out=np.zeros_like(means), where=sizes > 0)
+    weight = directions @ whitening.T
+    return Novelty(
+        weight=weight.astype(np.float32),
+        bias=(-weight @ discriminant.centre).astype(np.float32),
+        whitening=whitening.astype(np.float32),
+        offset=(-discriminant.centre @ whitening).astype(np.float32),
+    )
+
+
+def novelty_scores(novelty: Novelty, features: Array) -> Array:
+    """Return s (n,) float64 for features (n, e): 0 to 2, before it is made a share of images."""
+    rows = np.asarray(features, np.float64)
+    sizes = np.linalg.norm(rows @ novelty.whitening + novelty.offset, axis=1)
+    along = (rows @ novelty.weight.T + novelty.bias).max(1)
+    scores: Array = 1 - along / np.maximum(sizes, TINY)
+    return scores
+
+
+def novelty_shares(model: ContinualModel, features: Array) -> Array:
+    """Return the share of known images (n,) that look less new, as the exported file does."""
+    levels = model.calibration.levels.astype(np.float64)
+    knots = np.concatenate([[0.0], levels, [MOST_NOVEL]])
+    shares: Array = np.interp(
+        novelty_scores(model.novelty, features), knots, np.linspace(0, 1, len(knots))
+    )
+    return shares
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Answers about a task's images that what answered was not made from.
+
+    Attributes:
+        method: ``HELD_OUT``: images that were kept apart. ``LEAVE_ONE_OUT``: training images, each
+            left out of the statistics in turn; A_t has seen them, so they flatter. ``NONE``.
+        logits: (m, classes) before any temperature.
+        positions: (m,) int, their classes.
+        scores: (m,) their novelty scores.
+    """
+
+    method: HeldOut
+    logits: Array
+    positions: Array
+    scores: Array
+
+    def accuracy(self, columns: Array | None = None) -> float | None:
+        """Return the share whose class wins, among all or among ``columns``; None without any."""
+        return accuracy(self.logits, self.positions, columns)
+
+
+def accuracy(logits: Array, positions: Array, columns: Array | None = None) -> float | None:
+    """Return the share of (n, classes) logits that are largest at ``positions``; None for n = 0.
+
+    Args:
+        logits: Of n images.
+        positions: (n,) int, the classes they should be.
+        columns: Positions of the classes that compete, ascending; None for all.
+    """
+    if not len(positions):
+        return None
+    if columns is None:
+        return float((logits.argmax(1) == positions).mean())
+    return float((columns[logits[:, columns].argmax(1)] == positions).mean())
+
+
+def examine(
+    model: ContinualModel,
+    statistics: ClassStatistics,
+    train: tuple[Array, Array],
+    held_out: tuple[Array, Array],
+    lda: bool,
+) -> Examined:
+    """Ask for images that were held out, or else leave training images out one by one.
+
+    Leaving out is for LDA alone, and where some class of the task is too small to hold any out.
+
+    Args:
+        model: What answers; made from ``statistics``.
+        statistics: Those of all classes, with ``train`` and without ``held_out``.
+        train: Features (n, e) and positions (n,).
+        held_out: The same, (m, e) and (m,).
+        lda: Whether ``model`` answers by LDA.
+    """
+    features, positions = held_out
+    everywhere = len(np.unique(positions)) == len(np.unique(train[1]))
+    if lda and not everywhere:
+        step = -(-len(train[1]) // EXAMINED_IMAGES)
+        some, labels = train[0][::step], train[1][::step]
+        logits, scores, kept = leave_one_out(statistics, some, labels)
+        if len(kept):
+            return Examined(HeldOut.LEAVE_ONE_OUT, logits, labels[kept], scores)
+    method = HeldOut.HELD_OUT if len(positions) else HeldOut.NONE
+    raw = Discriminant.of(statistics).logits(features) if lda else model.logits(features)
+    return Examined(method, raw, positions, novelty_scores(model.novelty, features))
+
+
+def pooled(calibration: Calibration, examined: Examined) -> Calibration:
+    """Return ``calibration`` with what a task's images add, weighed by their numbers."""
+    if not len(examined.positions):
+        return calibration
+    images = calibration.images + len(examined.positions)
+    share = len(examined.positions) / images
+    temperature = math.log(fit_temperature(examined.logits, examined.positions))
+    shares = np.linspace(0, 1, len(calibration.levels) + 2)[1:-1]
+    levels = np.quantile(examined.scores, shares)
+    return Calibration(
+        images=images,
+        log_temperature=(1 - share) * calibration.log_temperature + share * temperature,
+        levels=((1 - share) * calibration.levels + share * levels).astype(np.float32),
+    )
+
+
+def answering(
+    model: ContinualModel,
+    statistics: ClassStatistics,
+    calibration: Calibration,
+    trained: tuple[Array, Array] | None = None,
+) -> ContinualModel:
+    """Return ``model`` with what answers made anew from ``statistics``.
+
+    Args:
+        model: Whose weights the features come from.
+        statistics: Of all its classes.
+        calibration: What to divide the logits by, and to compare novelty with.
+        trained: Weight and bias to answer with instead of LDA.
+    """
+    discriminant = Discriminant.of(statistics)
+    temperature = math.exp(calibration.log_temperature) if calibration.images else TEMPERATURE
+    weight, bias = trained or discriminant.divided(statistics.means, temperature)
+    return replace(
+        model,
+        head_weight=weight,
+        head_bias=bias,
+        class_means=statistics.means,
+        class_counts=statistics.counts,
+        class_scatter=statistics.scatter,
+        novelty=novelty_of(statistics, discriminant),
+        calibration=calibration,
+    )

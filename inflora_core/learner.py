@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,11 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inflora_core import subspace
-from inflora_core.adapters import AdaptedQKV, adapted, set_key_value
+from inflora_core.adapters import adapted, set_key_value
 from inflora_core.backbone import Backbone
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError, StateError
-from inflora_core.heads import ClassStatistics, lda_head, random_head
+from inflora_core.heads import (
+    EXAMINED_IMAGES,
+    TEMPERATURE,
+    ClassStatistics,
+    Discriminant,
+    accuracy,
+    answering,
+    examine,
+    leave_one_out,
+    pooled,
+    teaching_temperature,
+)
 from inflora_core.memory import GradientMemory
 from inflora_core.merge import merge, product
 from inflora_core.model import (
@@ -30,14 +41,30 @@ from inflora_core.model import (
     ClassEntry,
     ContinualModel,
     Factors,
+    HeldOut,
     LabelledImages,
     LayerReport,
+    LayerState,
     Learned,
     Stage,
     TaskReport,
 )
 from inflora_core.moments import Moments, record_moments
 from inflora_core.progress import Tracker
+from inflora_core.training import (
+    Images,
+    Lesson,
+    fixed_head,
+    random_head,
+    split,
+    train_expansions,
+)
+
+LITTLE_CAPACITY = 0.1
+"""Free share of all dimensions below which a task's report warns."""
+
+FEW_TASKS = 3
+"""Tasks still to fit below which it warns."""
 
 
 def learn_task(
@@ -55,34 +82,35 @@ def learn_task(
         before: What earlier tasks taught.
         backbone: The backbone, on the device to learn on. Its K and V weights are scratch space:
             they are set here, and left as merged.
-        data: The task's images at model size.
+        data: The task's images at model size; of new classes, of known ones, or of both.
         task: The task's id.
         config: Settings.
         tracker: Told about every stage and step; may raise ``CancelledError`` to stop.
         initial_head: What the head starts from, instead of what ``config.head`` says.
 
     Raises:
-        StateError: a class is known already.
+        StateError: a class is known already, and ``config.head`` cannot add to known ones.
         InvalidInputError: there is no image, or training diverged.
     """
-    check_classes(before, data)
+    classes, positions = class_table(before, data, task, config)
     device = next(backbone.module.parameters()).device
-    train, held_out = split(data, config.held_out_share, config.seed, device)
+    train, held_out = split(data.images, positions, config.held_out_share, config.seed, device)
     memories = {name: GradientMemory.of(layer, device) for name, layer in before.layers.items()}
     threshold = threshold_after(before.tasks, config)
+    tracker.epochs = config.epochs_for(len(train))
     load_weights(backbone, before)
 
     tracker.start(Stage.DESIGNING)
-    moments, features = measure(backbone, train, config.batch_size, tracker)
+    moments, seen = measure(backbone, train, config.batch_size, tracker)
     reductions = {
         name: memory.design(moments[name].mean, config.rank, config.criterion)
         for name, memory in memories.items()
     }
-    head = initial_head or random_head(features.shape[1], len(data.names), config.seed).to(device)
+    lesson = prepare(before, len(classes), backbone, train, held_out, seen, config, initial_head)
 
     with adapted(backbone.layers, reductions) as branches:
         tracker.start(Stage.TRAINING)
-        train_expansions(backbone, branches, head, train, config, tracker)
+        train_expansions(backbone, branches, lesson, config, tracker)
 
         tracker.start(Stage.EXTENDING)
         moments, features = measure(backbone, train, config.batch_size, tracker)
@@ -99,151 +127,167 @@ def learn_task(
         )
         for name, layer in before.layers.items()
     }
-    statistics = ClassStatistics.of(before).with_classes(features, train.labels, len(data.names))
-    weight, bias = lda_head(statistics) if config.head == "lda" else appended(before, head)
-    after = replace(
+    merged = replace(
         before,
         layers=layers,
-        head_weight=weight,
-        head_bias=bias,
-        classes=before.classes + tuple(ClassEntry(name, task) for name in data.names),
+        classes=classes,
         tasks=before.tasks + 1,
-        class_means=statistics.means,
-        class_counts=statistics.counts,
-        class_scatter=statistics.scatter,
+        capacity=np.append(before.capacity, free_share(layers)),
     )
-    load_weights(backbone, after)
-    task_known, overall = held_out_accuracies(backbone, after, held_out, config.batch_size)
+    load_weights(backbone, merged)
+    unseen = features_of(backbone, held_out, config.batch_size)
+    labels, held_out_labels = (part.labels.cpu().numpy() for part in (train, held_out))
+    old = ClassStatistics.of(before).drifted(seen, features)
+    statistics = old.with_images(features, labels, len(classes))
+    trained = appended(before, lesson.head) if config.head == "trained" else None
+    examined = examine(
+        answering(merged, statistics, before.calibration, trained),
+        statistics,
+        (features, labels),
+        (unseen, held_out_labels),
+        lda=trained is None,
+    )
+    after = answering(
+        merged,
+        statistics.with_images(unseen, held_out_labels, len(classes)),
+        pooled(before.calibration, examined),
+        trained,
+    )
+    taught = np.unique(labels)
+    left = tasks_left(after.capacity)
     report = TaskReport(
         layers=tuple(
             report_layer(name, memories[name], extended[name], factors.get(name)) for name in layers
         ),
         threshold=threshold,
-        training_accuracy=share_equal(
-            logits_of(after, features)[:, len(before.classes) :].argmax(1), train.labels
-        ),
-        held_out_accuracy_task_known=task_known,
-        held_out_accuracy=overall,
-        held_out_counts=dict(Counter(data.names[i] for i in held_out.labels.tolist())),
+        training_accuracy=accuracy(after.logits(features), labels, taught) or 0.0,
+        held_out_accuracy_task_known=examined.accuracy(taught),
+        held_out_accuracy=examined.accuracy(),
+        held_out_counts=dict(Counter(classes[i].label for i in held_out_labels.tolist())),
+        held_out_method=examined.method,
+        temperature=math.exp(after.calibration.log_temperature),
+        tasks_left=left,
+        class_bytes=class_bytes(after),
+        shared_bytes=after.class_scatter.nbytes + after.novelty.whitening.nbytes,
         epoch_losses=tuple(sum(losses) / len(losses) for losses in tracker.losses),
-        stage_seconds=tracker.seconds,
-        settings=config.model_dump(),
+        stage_seconds=dict(tracker.seconds),
+        settings=config.model_dump() | {"epochs": tracker.epochs},
         device=str(device),
-        warnings=tuple(warnings_about(data, reductions)),
+        warnings=tuple(warnings_about(data, config, reductions, after.capacity, examined.method)),
     )
     return Learned(after, factors, report)
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images on the device: ``pixels`` (n, S, S', 3) uint8 and ``labels`` (n,) int64."""
+def class_table(
+    before: ContinualModel, data: LabelledImages, task: str, config: LearnConfig
+) -> tuple[tuple[ClassEntry, ...], Array]:
+    """Return the class table after the task, and each image's position in it, (n,) int64.
 
-    pixels: Tensor
-    labels: Tensor
+    Raises:
+        InvalidInputError: there is no image.
+        StateError: a class is known, and heads are kept as trained.
+    """
+    if len(data) == 0:
+        raise InvalidInputError("the task has no images", field="examples")
+    known = {entry.label: position for position, entry in enumerate(before.classes)}
+    again = [name for name in data.names if name in known]
+    if again and config.head == "trained":
+        raise StateError(
+            f"class {again[0]!r} is known already, and heads that stay as they were trained cannot "
+            "learn more of it: use head lda",
+            field="examples",
+        )
+    new = [name for name in data.names if name not in known]
+    known |= {name: len(before.classes) + i for i, name in enumerate(new)}
+    positions = np.array([known[name] for name in data.names], np.int64)[data.labels]
+    return before.classes + tuple(ClassEntry(name, task) for name in new), positions
 
-    def __len__(self) -> int:
-        """Return n."""
-        return len(self.labels)
 
-    def at(self, index: Tensor) -> Images:
-        """Return the images at ``index`` (m,)."""
-        return Images(self.pixels[index], self.labels[index])
+def prepare(
+    before: ContinualModel,
+    classes: int,
+    backbone: Backbone,
+    train: Images,
+    held_out: Images,
+    seen: Array,
+    config: LearnConfig,
+    initial_head: nn.Linear | None,
+) -> Lesson:
+    """Return what A_t is trained against.
 
+    Heads as published know the task's own classes only. Otherwise it is LDA over all classes, made
+    from the statistics of old ones and the features of new ones as they are now: it asks of the
+    features what the next head will, is calibrated, and there is nothing in it to be trained.
 
-def split(
-    data: LabelledImages, share: float, seed: int, device: torch.device
-) -> tuple[Images, Images]:
-    """Return the images to train on and those held out: ``share`` of each class, rounded down."""
-    generator = np.random.default_rng(seed)
-    held_out = np.zeros(len(data), bool)
-    for label in range(len(data.names)):
-        members = np.flatnonzero(data.labels == label)
-        held_out[generator.permutation(members)[: int(share * len(members))]] = True
-    pixels, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    return tuple(  # type: ignore[return-value]
-        Images(pixels[mask].to(device), labels[mask].to(device))
-        for mask in (torch.from_numpy(~held_out), torch.from_numpy(held_out))
-    )
+    Args:
+        before: What is known.
+        classes: How many classes there are with the task's.
+        backbone: With the weights that ``seen`` was measured with.
+        train: Labels are positions among all classes.
+        held_out: The same.
+        seen: (n, e) features of ``train``.
+        config: Settings.
+        initial_head: What a trained head starts from.
+    """
+    device = train.labels.device
+    if config.head == "trained":
+        first = len(before.classes)
+        head = initial_head or random_head(seen.shape[1], classes - first, config.seed)
+        return Lesson(
+            head.to(device),
+            Images(train.pixels, train.labels - first),
+            Images(held_out.pixels, held_out.labels - first),
+        )
+    labels = train.labels.cpu().numpy()
+    statistics = ClassStatistics.of(before).with_images(seen, labels, classes)
+    if classes == 1:
+        # A softmax over one class has no gradient. The first class of all is told from its own
+        # images upside down; later ones are told from the classes that are known.
+        train = train.with_upside_down(1)
+        turned = train.at(torch.arange(len(labels), len(train), device=device))
+        statistics = statistics.with_images(
+            features_of(backbone, turned, config.batch_size), turned.labels.cpu().numpy(), 2
+        )
+    step = -(-len(labels) // EXAMINED_IMAGES)
+    logits, _, kept = leave_one_out(statistics, seen[::step], labels[::step])
+    temperature = TEMPERATURE
+    if len(kept):
+        temperature = teaching_temperature(logits, labels[::step][kept], config.softness)
+    weight, bias = Discriminant.of(statistics).divided(statistics.means, temperature)
+    return Lesson(fixed_head(weight, bias).to(device), train, held_out)
 
 
 @torch.no_grad()
 def measure(
     backbone: Backbone, images: Images, batch_size: int, tracker: Tracker
-) -> tuple[Moments, Tensor]:
+) -> tuple[Moments, Array]:
     """Pass over ``images`` once: second moments of every layer's input, and features (n, e)."""
-    features = []
     with record_moments({name: backbone.qkv(name) for name in backbone.config.layers}) as moments:
-        for pixels in images.pixels.split(batch_size):
-            features.append(backbone.module(backbone.normalise(pixels)))
-            tracker.step(len(features) * batch_size / len(images))
-    return moments, torch.cat(features)
+        features = features_of(backbone, images, batch_size, tracker.step)
+    return moments, features
+
+
+@torch.no_grad()
+def features_of(
+    backbone: Backbone,
+    images: Images,
+    batch_size: int,
+    on_share: Callable[[float], None] = lambda share: None,
+) -> Array:
+    """Return the final features (n, e), float32, as the backbone's weights are now."""
+    features = np.zeros((len(images), backbone.config.embedding_size), np.float32)
+    for start in range(0, len(images), batch_size):
+        pixels = images.pixels[start : start + batch_size]
+        embedding = backbone.module(backbone.normalise(pixels))
+        features[start : start + batch_size] = embedding.float().cpu().numpy()
+        on_share((start + len(pixels)) / len(images))
+    return features
 
 
 def appended(model: ContinualModel, head: nn.Linear) -> tuple[Array, Array]:
     """Return the heads of all tasks as they were trained, the new one last."""
     weight, bias = (part.detach().float().cpu().numpy() for part in (head.weight, head.bias))
     return np.concatenate([model.head_weight, weight]), np.concatenate([model.head_bias, bias])
-
-
-def train_expansions(
-    backbone: Backbone,
-    branches: Mapping[str, AdaptedQKV],
-    head: nn.Linear,
-    images: Images,
-    config: LearnConfig,
-    tracker: Tracker,
-) -> None:
-    """Train every A_t and the head by the cross-entropy over the task's own classes (section 4.1).
-
-    Raises:
-        InvalidInputError: the loss became NaN or infinite.
-    """
-    parameters = [branch.expansion for branch in branches.values()] + list(head.parameters())
-    optimizer = torch.optim.Adam(parameters)
-    generator = torch.Generator().manual_seed(config.seed)
-    steps = math.ceil(len(images) / config.batch_size)
-    for epoch in range(config.epochs):
-        tracker.losses.append([])
-        order = torch.arange(len(images))
-        if config.shuffle:
-            order = torch.randperm(len(images), generator=generator)
-        for step, index in enumerate(order.split(config.batch_size)):
-            batch = images.at(index.to(images.labels.device))
-            pixels = augment(batch.pixels, config.augmentation, generator)
-            loss = F.cross_entropy(head(backbone.module(backbone.normalise(pixels))), batch.labels)
-            if not loss.isfinite():
-                raise InvalidInputError(
-                    f"training diverged in epoch {epoch + 1}: the loss is {loss.item()}. "
-                    "Choose a lower learning rate.",
-                    field="learning_rate",
-                )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(config, epoch, step / steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            tracker.losses[-1].append(loss.item())
-            tracker.step((epoch + (step + 1) / steps) / config.epochs)
-
-
-def learning_rate_at(config: LearnConfig, epoch: int, share: float) -> float:
-    """Return the learning rate in ``epoch`` (from 0) when ``share`` of it is done.
-
-    "published" lags one epoch behind the cosine that its authors wrote down: the base rate is used
-    for two epochs, and the smallest never.
-    """
-    if config.schedule == "published":
-        angle = 99 * math.pi * max(epoch - 1, 0) / (200 * max(config.epochs - 1, 1))
-        return config.learning_rate * math.cos(angle)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch + share) / config.epochs))
-
-
-def augment(pixels: Tensor, augmentation: str, generator: torch.Generator) -> Tensor:
-    """Return training images (n, S, S', 3) uint8 after random changes."""
-    if augmentation == "none":
-        return pixels
-    mirrored = torch.rand(len(pixels), generator=generator) < 0.5
-    return torch.where(mirrored.to(pixels.device)[:, None, None, None], pixels.flip(2), pixels)
 
 
 def threshold_after(task: int, config: LearnConfig) -> float:
@@ -291,26 +335,6 @@ def logits_of(model: ContinualModel, features: Tensor) -> Tensor:
     return F.linear(features, weight, torch.from_numpy(model.head_bias).to(features))
 
 
-@torch.inference_mode()
-def held_out_accuracies(
-    backbone: Backbone, model: ContinualModel, images: Images, batch_size: int
-) -> tuple[float | None, float | None]:
-    """Return accuracy with the task known, and among all classes; None without images."""
-    if len(images) == 0:
-        return None, None
-    logits = torch.cat(
-        [
-            logits_of(model, backbone.module(backbone.normalise(pixels)))
-            for pixels in images.pixels.split(batch_size)
-        ]
-    )
-    first = len(model.classes) - len(model.columns_of(model.classes[-1].task))
-    return (
-        share_equal(logits[:, first:].argmax(1), images.labels),
-        share_equal(logits.argmax(1), images.labels + first),
-    )
-
-
 def report_layer(
     name: str, old: GradientMemory, new: GradientMemory, factors: Factors | None
 ) -> LayerReport:
@@ -327,28 +351,65 @@ def report_layer(
     )
 
 
-def check_classes(model: ContinualModel, data: LabelledImages) -> None:
-    """Refuse a task without images, and classes that are known already."""
-    if len(data) == 0:
-        raise InvalidInputError("the task has no images", field="examples")
-    known = {entry.label: entry.task for entry in model.classes}
-    for name in data.names:
-        if name in known:
-            raise StateError(f"class {name!r} was taught by task {known[name]}", field="examples")
+def free_share(layers: Mapping[str, LayerState]) -> float:
+    """Return the free share of all layers' dimensions."""
+    total = sum(len(layer.basis) for layer in layers.values())
+    return sum(len(layer.basis) - layer.protected for layer in layers.values()) / max(total, 1)
 
 
-def warnings_about(data: LabelledImages, reductions: Mapping[str, Tensor]) -> Iterator[str]:
+def tasks_left(capacity: Array) -> float | None:
+    """Return about how many more tasks of this kind fit, from what the last three have used.
+
+    None after the first task, which always takes far more than the next ones, and where the last
+    ones took nothing.
+
+    Args:
+        capacity: (t,) free share after each task.
+    """
+    recent = capacity[-4:]
+    used = float(recent[0] - recent[-1]) / max(len(recent) - 1, 1)
+    return float(capacity[-1]) / used if used > 0 else None
+
+
+def class_bytes(model: ContinualModel) -> int:
+    """Return the bytes that each class adds to a version's state, its label aside."""
+    rows = (
+        model.head_weight,
+        model.head_bias,
+        model.class_means,
+        model.class_counts,
+        model.novelty.weight,
+        model.novelty.bias,
+    )
+    return sum(array[:1].nbytes for array in rows)
+
+
+def warnings_about(
+    data: LabelledImages,
+    config: LearnConfig,
+    reductions: Mapping[str, Tensor],
+    capacity: Array,
+    method: HeldOut,
+) -> Iterator[str]:
     """Yield what the owner of the task should know."""
-    if len(data.names) == 1:
+    if len(data.names) == 1 and config.head == "trained":
         yield (
             "The task has one class only. A softmax over one class has no gradient, so the "
-            "backbone was not adapted; the class is told apart by the statistics of its features."
+            "backbone was not adapted; use head lda."
+        )
+    if method is HeldOut.LEAVE_ONE_OUT:
+        yield (
+            "Some class has too few images to hold any out: held-out accuracies are of training "
+            "images, each left out of the statistics in turn, and flatter."
         )
     full = [name for name, reduction in reductions.items() if len(reduction) == 0]
     if full:
         yield f"No free direction was left in {', '.join(full)}: these layers were not adapted."
-
-
-def share_equal(left: Tensor, right: Tensor) -> float:
-    """Return the share of positions at which both (n,) tensors agree."""
-    return float((left == right).double().mean())
+    left = tasks_left(capacity)
+    if capacity[-1] < LITTLE_CAPACITY or (left is not None and left < FEW_TASKS):
+        about = "" if left is None else f", room for about {left:.1f} more tasks of this kind"
+        yield (
+            f"{capacity[-1]:.0%} of all directions are free{about}. When none is left, new classes "
+            "are still told apart by the statistics of their features, but the backbone stays as "
+            "it is."
+        )

@@ -12,6 +12,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+LEVELS = 99
+"""Points at which the distribution of novelty scores is kept: 1% to 99%."""
+
+MOST_NOVEL = 2.0
+"""No score is higher."""
+
 
 class TaskState(StrEnum):
     """Where a task is on its way from upload to version."""
@@ -52,6 +58,14 @@ class Progress:
     loss: float = 0.0
 
 
+class HeldOut(StrEnum):
+    """What a task's held-out figures were measured on."""
+
+    NONE = "NONE"
+    HELD_OUT = "HELD_OUT"
+    LEAVE_ONE_OUT = "LEAVE_ONE_OUT"
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """What one task did to one attention layer; see ``inflora.v1.LayerReport``."""
@@ -85,6 +99,15 @@ class TaskReport:
     held_out_accuracy_task_known: float | None
     held_out_accuracy: float | None
     held_out_counts: dict[str, int]
+    held_out_method: HeldOut
+    temperature: float
+    """What logits are divided by, so that probabilities mean what they say."""
+    tasks_left: float | None
+    """About how many more tasks of this kind fit; None after the first."""
+    class_bytes: int
+    """State that each class adds to a version."""
+    shared_bytes: int
+    """State that all classes share."""
     epoch_losses: tuple[float, ...]
     stage_seconds: dict[Stage, float]
     settings: dict[str, Any]
@@ -211,6 +234,57 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Novelty:
+    """How unlike every known class an image is: 1 - the largest cosine in the whitened space.
+
+    For features z: s = 1 - max_c (z weight_c + bias_c) / |z whitening + offset|. What is answered
+    is the share of known images with a lower s, from ``Calibration.levels``.
+
+    Attributes:
+        weight: (classes, e) float32.
+        bias: (classes,) float32.
+        whitening: (e, e) float32, H with H H^T the inverse of the shared covariance.
+        offset: (e,) float32.
+    """
+
+    weight: Array
+    bias: Array
+    whitening: Array
+    offset: Array
+
+    @classmethod
+    def untaught(cls, embedding_size: int) -> Novelty:
+        """Return what no class is known to."""
+        return cls(
+            weight=np.zeros((0, embedding_size), np.float32),
+            bias=np.zeros(0, np.float32),
+            whitening=np.eye(embedding_size, dtype=np.float32),
+            offset=np.zeros(embedding_size, np.float32),
+        )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What gives probabilities and novelty a meaning, pooled over tasks by their images.
+
+    Attributes:
+        images: How many images it was measured on.
+        log_temperature: Mean logarithm of what LDA's logits are divided by.
+        levels: (k,) float32, rising: the novelty scores below which 1/(k+1), ..., k/(k+1) of the
+            known images lie.
+    """
+
+    images: int
+    log_temperature: float
+    levels: Array
+
+    @classmethod
+    def untaught(cls) -> Calibration:
+        """Return what nothing was measured for."""
+        return cls(0, 0.0, np.linspace(0, MOST_NOVEL, LEVELS + 2, dtype=np.float32)[1:-1])
+
+
+@dataclass(frozen=True)
 class ContinualModel:
     """All that learning has changed so far; the frozen backbone is kept beside it.
 
@@ -224,6 +298,9 @@ class ContinualModel:
         class_means: (classes, e) float32, mean final features of each class.
         class_counts: (classes,) int64, images each mean is over.
         class_scatter: (e, e) float32, scatter of all images about their class's mean.
+        novelty: How unlike every known class an image is.
+        calibration: What probabilities and novelty were measured on.
+        capacity: (t,) float64, free share of all layers' dimensions after each task.
     """
 
     layers: dict[str, LayerState]
@@ -232,6 +309,9 @@ class ContinualModel:
     class_means: Array
     class_counts: Array
     class_scatter: Array
+    novelty: Novelty
+    calibration: Calibration
+    capacity: Array
     classes: tuple[ClassEntry, ...] = ()
     tasks: int = 0
     version: int | None = None
@@ -246,7 +326,15 @@ class ContinualModel:
             class_means=np.zeros((0, embedding_size), np.float32),
             class_counts=np.zeros(0, np.int64),
             class_scatter=np.zeros((embedding_size, embedding_size), np.float32),
+            novelty=Novelty.untaught(embedding_size),
+            calibration=Calibration.untaught(),
+            capacity=np.zeros(0),
         )
+
+    def logits(self, features: Array) -> Array:
+        """Return logits (n, classes) float32 for final features (n, e)."""
+        rows = np.asarray(features, np.float32)
+        return np.asarray(rows @ self.head_weight.T + self.head_bias, np.float32)
 
     def columns_of(self, task: str) -> list[int]:
         """Return the positions of the classes that ``task`` taught."""

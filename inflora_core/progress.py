@@ -19,28 +19,30 @@ _WEIGHTS = {
     Stage.PUBLISHING: 0.2,
 }
 
+USUAL_EPOCHS = 5
+"""Until it is known how many there will be."""
+
 
 class Tracker:
     """Turns stages and steps into ``Progress``, and measures each stage.
 
     Args:
-        epochs: Epochs of training to come.
         on_progress: Called at every step; may raise ``CancelledError`` to stop the learner.
 
     Attributes:
+        epochs: Epochs of training in all; 0 as long as nobody knows.
         seconds: Wall-clock seconds of each stage that has ended, in order.
         losses: Loss of every training step, by epoch.
     """
 
-    def __init__(self, epochs: int, on_progress: Callable[[Progress], None] | None = None) -> None:
+    def __init__(self, on_progress: Callable[[Progress], None] | None = None) -> None:
+        self.epochs = 0
         self.seconds: dict[Stage, float] = {}
         self.losses: list[list[float]] = []
-        self._epochs = epochs
         self._on_progress = on_progress
         self._stage: Stage | None = None
         self._since = 0.0
-        self._weights = dict(_WEIGHTS)
-        self._weights[Stage.TRAINING] *= epochs
+        self._fraction = 0.0
 
     def start(self, stage: Stage) -> None:
         """End the stage before, and begin ``stage``."""
@@ -58,17 +60,21 @@ class Tracker:
         """Report that ``share`` of the running stage is done; more than 1 counts as 1."""
         if self._on_progress is None or self._stage is None:
             return
-        stages = list(self._weights)
-        done = sum(self._weights[stage] for stage in stages[: stages.index(self._stage)])
+        weights = dict(_WEIGHTS)
+        weights[Stage.TRAINING] *= self.epochs or USUAL_EPOCHS
+        stages = list(weights)
+        done = sum(weights[stage] for stage in stages[: stages.index(self._stage)])
         # Where the last batch is not full, counting batches comes to more than there is.
-        done += min(share, 1.0) * self._weights[self._stage]
+        done += min(share, 1.0) * weights[self._stage]
+        # It must not fall when the number of epochs becomes known.
+        self._fraction = max(self._fraction, min(done / sum(weights.values()), 1.0))
         recent = self.losses[-1] if self.losses else []
         self._on_progress(
             Progress(
                 stage=self._stage,
-                fraction=min(done / sum(self._weights.values()), 1.0),
+                fraction=self._fraction,
                 epoch=len(self.losses),
-                epochs=self._epochs,
+                epochs=self.epochs,
                 loss=sum(recent) / len(recent) if recent else 0.0,
             )
         )

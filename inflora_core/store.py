@@ -11,7 +11,7 @@
         CURRENT                          number of the current version
         versions/00000001/
             factors.safetensors          A_t and B_t of the version's task
-            head.safetensors             weight and bias of all classes, and their statistics
+            head.safetensors             weight and bias of all classes, their statistics, novelty
             memory.safetensors           Q, k and C_old of every layer
             model.onnx                   derived: template + merged weights + head
             manifest.json                a ``Version``: parent, task, classes, report, sha256s
@@ -53,18 +53,22 @@ from inflora_core.merge import merge
 from inflora_core.model import (
     Array,
     BackboneConfig,
+    Calibration,
     ContinualModel,
     Factors,
     FileEntry,
     LayerState,
     Learned,
+    Novelty,
     Version,
     now,
 )
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+OLDEST_FORMAT = 2
+"""Format 1 was never in a release: its files lack what novelty is made from."""
 MODEL = "default"
 """The one model of a server, for now; names leave room for more."""
 
@@ -73,6 +77,7 @@ ONNX_FILE = "model.onnx"
 _MANIFEST = "manifest.json"
 _MANIFEST_SUM = "manifest.sha256"
 _FORMAT_DRAFT = ".FORMAT."
+_NOVELTY = ("weight", "bias", "whitening", "offset")
 _VERSION = TypeAdapter(Version)
 _CONFIG = TypeAdapter(BackboneConfig)
 _FILES = TypeAdapter(tuple[FileEntry, ...])
@@ -126,6 +131,10 @@ class Store:
             raise StoreFormatError(
                 f"{path} has store format {number}; this release reads up to {FORMAT}. "
                 "Use the release that wrote it, or a newer one."
+            )
+        if number < OLDEST_FORMAT:
+            raise StoreFormatError(
+                f"{path} has store format {number}, which no release ever wrote: begin a new store"
             )
         store = cls(path)
         for folder in (store._versions, store._drafts, path / "backbones"):
@@ -323,6 +332,13 @@ class Store:
             class_means=head["class_means"],
             class_counts=head["class_counts"],
             class_scatter=head["class_scatter"],
+            novelty=Novelty(**{part: head[f"novelty.{part}"] for part in _NOVELTY}),
+            calibration=Calibration(
+                images=int(head["calibration.images"]),
+                log_temperature=float(head["calibration.log_temperature"]),
+                levels=head["calibration.levels"],
+            ),
+            capacity=memory["capacity"],
         )
 
     def rebuild_onnx(self, number: int) -> None:
@@ -352,7 +368,8 @@ class Store:
             onnx: The merged model.
         """
         number = self.next_number()
-        factors, memory = {}, {}
+        calibration = learned.model.calibration
+        factors, memory = {}, {"capacity": learned.model.capacity}
         for name, layer in learned.model.layers.items():
             memory[f"{name}.basis"] = layer.basis
             memory[f"{name}.protected"] = np.asarray(layer.protected, np.int64)
@@ -367,6 +384,10 @@ class Store:
             "class_means": learned.model.class_means,
             "class_counts": learned.model.class_counts,
             "class_scatter": learned.model.class_scatter,
+            **{f"novelty.{part}": getattr(learned.model.novelty, part) for part in _NOVELTY},
+            "calibration.images": np.asarray(calibration.images, np.int64),
+            "calibration.log_temperature": np.asarray(calibration.log_temperature, np.float64),
+            "calibration.levels": calibration.levels,
         }
         files = {
             "factors.safetensors": _save(factors),

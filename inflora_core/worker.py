@@ -242,7 +242,7 @@ def learn(worker: Worker, channel: Channel, command: Mapping[str, Any]) -> int:
     """Carry out one "learn" command; return the number of the new version."""
     task: str = command["task"]
     config = LearnConfig.model_validate(command["settings"])
-    tracker = Tracker(config.epochs, lambda progress: channel.report(task, progress))
+    tracker = Tracker(lambda progress: channel.report(task, progress))
     return worker.learn(task, Path(command["spool"]), config, command["parent"], tracker)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _Flat = TypeVar("_Flat", bound="DataclassInstance")
-_Enum = TypeVar("_Enum", resources.TaskState, resources.TaskStage)
+_Enum = TypeVar("_Enum", resources.TaskState, resources.TaskStage, resources.HeldOutMethod)
 
 
 def _flat(kind: type[_Flat], message: Message) -> _Flat:
@@ -88,6 +88,16 @@ def _report(message: task_pb2.TaskReport) -> resources.TaskReport:
         settings=_flat(resources.LearningSettings, message.settings),
         epoch_losses=tuple(message.epoch_losses),
         warnings=tuple(message.warnings),
+        held_out_method=_enum(
+            resources.HeldOutMethod,
+            task_pb2.HeldOutMethod,
+            "HELD_OUT_METHOD_",
+            message.held_out_method,
+        ),
+        temperature=message.temperature,
+        tasks_left=_optional(message, "tasks_left"),
+        class_bytes=message.class_bytes,
+        shared_bytes=message.shared_bytes,
     )
 
 

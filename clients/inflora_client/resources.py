@@ -24,6 +24,14 @@ class TaskState(StrEnum):
     CANCELLED = "CANCELLED"
 
 
+class HeldOutMethod(StrEnum):
+    """What held-out accuracies were measured on; see ``inflora.v1.HeldOutMethod``."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    HELD_OUT = "HELD_OUT"
+    LEAVE_ONE_OUT = "LEAVE_ONE_OUT"
+
+
 class TaskStage(StrEnum):
     """What the learner is doing, in this order."""
 
@@ -176,6 +184,11 @@ class TaskReport:
         settings: The settings in use.
         epoch_losses: Mean loss of each epoch.
         warnings: Things the owner of the task should know, in English.
+        held_out_method: What the held-out accuracies were measured on.
+        temperature: What logits were divided by so that probabilities mean what they say.
+        tasks_left: About how many more tasks of this kind fit; None after the first task.
+        class_bytes: Bytes that each class adds to a version's state.
+        shared_bytes: Bytes of statistics that all classes share.
     """
 
     layers: tuple[LayerReport, ...]
@@ -190,6 +203,11 @@ class TaskReport:
     settings: LearningSettings
     epoch_losses: tuple[float, ...]
     warnings: tuple[str, ...]
+    held_out_method: HeldOutMethod
+    temperature: float
+    tasks_left: float | None
+    class_bytes: int
+    shared_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

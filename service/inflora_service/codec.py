@@ -23,6 +23,7 @@ from inflora_core.errors import (
 from inflora_core.model import (
     Failure,
     FileEntry,
+    HeldOut,
     TaskReport,
     TaskState,
     Version,
@@ -34,6 +35,12 @@ from inflora_service.serving import Answer
 from inflora_service.uploads import Example, TaskRequest
 
 _Setting = Literal["epochs", "learning_rate", "rank", "batch_size", "seed", "held_out_share"]
+
+_HELD_OUT = {
+    HeldOut.NONE: pb.HELD_OUT_METHOD_UNSPECIFIED,
+    HeldOut.HELD_OUT: pb.HELD_OUT_METHOD_HELD_OUT,
+    HeldOut.LEAVE_ONE_OUT: pb.HELD_OUT_METHOD_LEAVE_ONE_OUT,
+}
 
 MAX_DISPLAY_NAME = 200
 MAX_REQUEST_ID = 128
@@ -207,6 +214,11 @@ def _report(report: TaskReport) -> pb.TaskReport:
         ),
         epoch_losses=report.epoch_losses,
         warnings=report.warnings,
+        held_out_method=_HELD_OUT[report.held_out_method],
+        temperature=report.temperature,
+        tasks_left=report.tasks_left,
+        class_bytes=report.class_bytes,
+        shared_bytes=report.shared_bytes,
     )
 
 

@@ -81,7 +81,7 @@ def learning(options: argparse.Namespace) -> dict[str, Any]:
         if options.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         backbone = random_backbone(options)
-        tracker = Tracker(epochs=2)
+        tracker = Tracker()
         teach(backbone, data, LearnConfig(epochs=2, batch_size=options.batch), tracker)
         runs.append(tracker.seconds)
     seconds = {stage: float(np.median([run[stage] for run in runs])) for stage in runs[0]}
@@ -128,7 +128,7 @@ def provider(options: argparse.Namespace) -> dict[str, Any]:
     """The provider that really runs a version, its parity with the CPU's, and its speed."""
     backbone = random_backbone(options)
     data = random_images(backbone, 64, classes=4)
-    learned = teach(backbone, data, LearnConfig(epochs=1), Tracker(epochs=1))
+    learned = teach(backbone, data, LearnConfig(epochs=1), Tracker())
     backbone.module.cpu()
     onnx = materialise(export_template(backbone), learned.model, 1)
     reference = Predictor.load(onnx, RuntimeOptions(provider="cpu"))

@@ -259,6 +259,11 @@ def frozen_class_means(server: RunningServer, tasks: list[streams.TaskData]) -> 
         blank,
         head_weight=np.zeros((1, stored.config.embedding_size), np.float32),
         head_bias=np.zeros(1, np.float32),
+        novelty=replace(
+            blank.novelty,
+            weight=np.zeros((1, stored.config.embedding_size), np.float32),
+            bias=np.zeros(1, np.float32),
+        ),
         classes=(ClassEntry("any", "none"),),
     )
     frozen = materialise(stored.template_path.read_bytes(), one_class, 0)

@@ -37,7 +37,9 @@ from inflora_core.errors import (
     UnsupportedBackboneError,
 )
 from inflora_core.export import check_parity, export_template
+from inflora_core.heads import novelty_shares
 from inflora_core.model import BackboneConfig, ClassEntry, ContinualModel, LayerState
+from tests.core import tiny
 from tests.core.test_backbone import DEIT_TINY, FAMILIES, write
 
 Exported = tuple[Backbone, bytes]
@@ -78,6 +80,7 @@ def learned(backbone: Backbone, classes: int, seed: int = 0) -> ContinualModel:
         ContinualModel.untaught(layers, e),
         head_weight=rng.normal(size=(classes, e)).astype(np.float32),
         head_bias=rng.normal(size=classes).astype(np.float32),
+        novelty=tiny.novelty(classes, e),
         classes=tuple(ClassEntry(f"Klasse {i} ß", f"task-{i // 2}") for i in range(classes)),
     )
 
@@ -140,7 +143,7 @@ def test_batch_and_classes_are_free_in_the_whole_file(exported: Exported, batch:
     np.testing.assert_allclose(
         probabilities, torch.from_numpy(logits).softmax(1).numpy(), atol=1e-6
     )
-    np.testing.assert_allclose(novelty, 1 - probabilities.max(1), atol=1e-6)
+    np.testing.assert_allclose(novelty, novelty_shares(model, embedding), atol=1e-5)
 
 
 def test_a_template_is_valid_and_discloses_nothing(exported: Exported) -> None:

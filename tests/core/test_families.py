@@ -39,7 +39,7 @@ TASKS = (("red", "green"), ("blue", "yellow", "white"))
 def learn(worker: Worker, folder: Path, number: int, labels: tuple[str, ...]) -> int:
     spool = tiny.write_spool(folder / f"spool-{number}", labels, EACH, SIDE, VARIETY)
     parent = number or None
-    return worker.learn(f"task-{number}", spool, CONFIG, parent, Tracker(CONFIG.epochs))
+    return worker.learn(f"task-{number}", spool, CONFIG, parent, Tracker())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -170,7 +170,7 @@ def test_a_task_that_was_learned_is_not_learned_again(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "store")
     Worker(store, CPU, 1).prepare(str(tiny.write_backbone(tmp_path)), None)
     seen: list[Progress] = []
-    tracker = Tracker(CONFIG.epochs, seen.append)
+    tracker = Tracker(seen.append)
     spool = tiny.write_spool(tmp_path / "spool", TASKS[0], 4)
     assert Worker(store, CPU, 1).learn("task", spool, CONFIG, None, tracker) == 1
     stages = list(dict.fromkeys(progress.stage for progress in seen))
@@ -182,7 +182,7 @@ def test_a_task_that_was_learned_is_not_learned_again(tmp_path: Path) -> None:
 
     manifest = store.version(1)
     nowhere = tmp_path / "nowhere"
-    assert Worker(store, CPU, 1).learn("task", nowhere, CONFIG, None, Tracker(1)) == 1
+    assert Worker(store, CPU, 1).learn("task", nowhere, CONFIG, None, Tracker()) == 1
     assert store.numbers() == [1]
     assert store.version(1) == manifest
     assert len(list(read_spool(spool))) == 8
@@ -225,7 +225,7 @@ def test_a_worker_learns_on_any_version(tmp_path: Path) -> None:
     ]
 
     def teach(worker: Worker, task: str, spool: int, parent: int | None) -> int:
-        return worker.learn(task, spools[spool], CONFIG, parent, Tracker(CONFIG.epochs))
+        return worker.learn(task, spools[spool], CONFIG, parent, Tracker())
 
     assert teach(warm, "first", 0, None) == 1
     assert teach(warm, "second", 1, 1) == 2

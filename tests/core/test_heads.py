@@ -1,85 +1,167 @@
-"""Class statistics and the head that is made of them."""
+"""Class statistics, the head that is made of them, and what it says of itself."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.covariance import oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from torch import Tensor
 
-from inflora_core.heads import LARGEST_LOGIT, RIDGE, ClassStatistics, lda_head, random_head
-from inflora_core.model import ContinualModel
+from inflora_core.heads import (
+    EXAMINED_IMAGES,
+    LARGEST_LOGIT,
+    ClassStatistics,
+    Discriminant,
+    Examined,
+    accuracy,
+    answering,
+    cross_entropy,
+    examine,
+    fit_temperature,
+    leave_one_out,
+    novelty_of,
+    novelty_scores,
+    novelty_shares,
+    pooled,
+    teaching_temperature,
+)
+from inflora_core.model import Array, Calibration, ClassEntry, ContinualModel, HeldOut
+from inflora_core.training import random_head
+
+SEEDS = st.integers(0, 2**31)
 
 
 def untaught(size: int) -> ClassStatistics:
     return ClassStatistics.of(ContinualModel.untaught({}, size))
 
 
-def clusters(seed: int, counts: list[int], size: int) -> tuple[Tensor, Tensor]:
+def clusters(seed: int, counts: list[int], size: int, apart: float = 3.0) -> tuple[Array, Array]:
     """Gaussian features (n, size) with one covariance, and their classes."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(size, size, generator=generator)
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    means = 3 * torch.randn(len(counts), size, generator=generator)
-    noise = torch.randn(len(labels), size, generator=generator) @ mixing
-    return (means[labels] + noise).float(), labels
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(size, size))
+    labels = np.repeat(np.arange(len(counts)), counts)
+    means = apart * rng.normal(size=(len(counts), size))
+    return means[labels] + rng.normal(size=(len(labels), size)) @ mixing, labels
 
 
-@given(st.integers(0, 2**31), st.lists(st.integers(1, 9), min_size=2, max_size=6), st.data())
-def test_statistics_of_tasks_add_up(seed: int, counts: list[int], data: st.DataObject) -> None:
+def statistics(seed: int, counts: list[int], size: int) -> ClassStatistics:
+    features, labels = clusters(seed, counts, size)
+    return untaught(size).with_images(features, labels, len(counts))
+
+
+# -- what is kept -------------------------------------------------------------------------------
+
+
+@given(SEEDS, st.lists(st.integers(2, 9), min_size=2, max_size=6), st.data())
+def test_statistics_of_images_add_up(seed: int, counts: list[int], data: st.DataObject) -> None:
+    """However they are cut into tasks: by classes, or through the middle of a class."""
     features, labels = clusters(seed, counts, 5)
-    whole = untaught(5).with_classes(features, labels, len(counts))
-    cut = data.draw(st.integers(1, len(counts) - 1))
-    first = labels < cut
-    parts = untaught(5).with_classes(features[first], labels[first], cut)
-    parts = parts.with_classes(features[~first], labels[~first] - cut, len(counts) - cut)
-    np.testing.assert_allclose(parts.means, whole.means, rtol=1e-6, atol=1e-6)
+    whole = untaught(5).with_images(features, labels, len(counts))
+    for column, count in enumerate(counts):
+        rows = features[labels == column]
+        np.testing.assert_allclose(whole.means[column], rows.mean(0), rtol=1e-5, atol=1e-5)
+        assert whole.counts[column] == count
+    cut = data.draw(st.lists(st.booleans(), min_size=len(labels), max_size=len(labels)))
+    first = np.array(cut)
+    parts = untaught(5)
+    for part in (first, ~first):
+        known = max(len(parts.means), *(labels[part] + 1), 0) if part.any() else len(parts.means)
+        parts = parts.with_images(features[part], labels[part], int(known))
+    np.testing.assert_allclose(parts.means, whole.means, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(parts.counts, counts)
-    np.testing.assert_allclose(parts.scatter, whole.scatter, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(parts.scatter, whole.scatter, rtol=1e-3, atol=1e-2)
+    assert parts.freedom == sum(counts) - len(counts)
+
+
+@given(SEEDS, st.integers(2, 400), st.integers(3, 8))
+def test_shrinkage_needs_no_tuning(seed: int, images: int, size: int) -> None:
+    """Between nothing and everything, and near scikit-learn's, which leaves terms of 1/size out."""
+    features, labels = clusters(seed, [images], size)
+    made = untaught(size).with_images(features, labels, 1)
+    covariance, shrinkage = made.covariance()
+    assert 0 <= shrinkage <= 1
+    assert np.linalg.eigvalsh(covariance).min() > 0
+    assert np.trace(covariance) == pytest.approx(np.trace(made.scatter) / made.freedom, rel=1e-4)
+    if images > 200 and size >= 6:
+        _, theirs = oas(features - features.mean(0), assume_centered=True)
+        assert shrinkage == pytest.approx(theirs, abs=0.03)
+
+
+def test_shrinkage_falls_with_the_images() -> None:
+    shares = [statistics(0, [n] * 4, 16).covariance()[1] for n in (2, 10, 100, 10_000)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.2
+    assert shares[-1] < 0.001
+
+
+@given(SEEDS)
+def test_means_follow_a_drift_that_is_linear(seed: int) -> None:
+    """The task's images say where the features went; classes that are not among them follow."""
+    rng = np.random.default_rng(seed)
+    old, _ = clusters(seed, [50] * 4, 6)
+    known = statistics(seed + 1, [30] * 5, 6)
+    movement = 0.3 * rng.normal(size=(6, 6))
+    moved = known.drifted(old, old + old @ movement)
+    true = known.means + known.means @ movement
+    before = np.linalg.norm(known.means - true)
+    # The ridge pulls towards staying, so not all of the way.
+    assert np.linalg.norm(moved.means - true) < 0.8 * before
+    np.testing.assert_array_equal(moved.counts, known.counts)
+
+
+def test_features_that_stay_move_no_means() -> None:
+    features, _ = clusters(0, [20] * 3, 6)
+    known = statistics(1, [10] * 4, 6)
+    assert known.drifted(features, features).means.tobytes() == known.means.tobytes()
+    assert untaught(6).drifted(features, features + 1).means.shape == (0, 6)
+
+
+# -- the head -----------------------------------------------------------------------------------
 
 
 def test_the_head_is_linear_discriminant_analysis() -> None:
     features, labels = clusters(0, [400, 400, 400, 400], 6)
-    statistics = untaught(6).with_classes(features, labels, 4)
-    weight, bias = lda_head(statistics)
-    ours = (features.numpy() @ weight.T + bias).argmax(1)
-    # A ridge of `RIDGE` times the mean variance is, up to scale, this shrinkage.
-    shrinkage = RIDGE / (1 + RIDGE)
-    reference = LinearDiscriminantAnalysis("lsqr", shrinkage=shrinkage, priors=[0.25] * 4)
-    theirs = reference.fit(features.numpy(), labels.numpy()).predict(features.numpy())
-    assert (ours == theirs).mean() > 0.999
+    made = untaught(6).with_images(features, labels, 4)
+    ours = Discriminant.of(made).logits(features).argmax(1)
+    reference = LinearDiscriminantAnalysis(
+        "lsqr", shrinkage=made.covariance()[1], priors=[0.25] * 4
+    )
+    assert (ours == reference.fit(features, labels).predict(features)).mean() > 0.999
 
 
-@given(st.integers(0, 2**31), st.integers(2, 6))
+@given(SEEDS, st.integers(2, 6))
 def test_with_one_image_a_class_the_nearest_mean_wins(seed: int, classes: int) -> None:
     features, labels = clusters(seed, [1] * classes, 4)
-    weight, bias = lda_head(untaught(4).with_classes(features, labels, classes))
-    assert np.isfinite(weight).all()
-    queries = torch.randn(20, 4, generator=torch.Generator().manual_seed(seed)) * 4
-    distances = torch.cdist(queries, features)
-    two = distances.sort(1).values[:, :2]
+    discriminant = Discriminant.of(untaught(4).with_images(features, labels, classes))
+    queries = np.random.default_rng(seed).normal(size=(20, 4)) * 4
+    distances = np.linalg.norm(queries[:, None] - features, axis=2)
+    two = np.sort(distances, 1)[:, :2]
     clear = (two[:, 1] - two[:, 0]) > 1e-2
-    answers = torch.from_numpy(queries.numpy() @ weight.T + bias).argmax(1)
-    assert torch.equal(answers[clear], distances.argmin(1)[clear])
+    answers = discriminant.logits(queries).argmax(1)
+    assert (answers[clear] == distances.argmin(1)[clear]).all()
 
 
 def test_logits_stay_small_however_easy_the_classes_are() -> None:
     features, labels = clusters(0, [50, 50, 50], 6)
-    means = torch.stack([features[labels == c].mean(0) for c in range(3)])
+    means = np.stack([features[labels == c].mean(0) for c in range(3)])
     easy = means[labels] + 1e-3 * (features - means[labels])
-    weight, bias = lda_head(untaught(6).with_classes(easy, labels, 3))
-    logits = easy.numpy() @ weight.T + bias
+    made = untaught(6).with_images(easy, labels, 3)
+    weight, bias = Discriminant.of(made).divided(made.means, 1.0)
+    logits = easy @ weight.T + bias
     assert np.abs(logits).max() < 1.1 * LARGEST_LOGIT
-    assert (logits.argmax(1) == labels.numpy()).all()
+    assert (logits.argmax(1) == labels).all()
 
 
 def test_a_single_class_has_a_head_of_zeros() -> None:
-    features, labels = clusters(0, [5], 4)
-    weight, bias = lda_head(untaught(4).with_classes(features, labels, 1))
-    assert not weight.any()
-    assert not bias.any()
+    discriminant = Discriminant.of(statistics(0, [5], 4))
+    assert not discriminant.weight.any()
+    assert not discriminant.bias.any()
 
 
 def test_a_random_head_depends_on_its_seed_alone() -> None:
@@ -91,3 +173,180 @@ def test_a_random_head_depends_on_its_seed_alone() -> None:
     state = torch.random.get_rng_state()
     random_head(4, 3, seed=9)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+# -- leaving out --------------------------------------------------------------------------------
+
+
+@given(SEEDS, st.lists(st.integers(1, 6), min_size=2, max_size=4))
+def test_leaving_out_is_as_if_the_image_had_never_been(seed: int, counts: list[int]) -> None:
+    """Against statistics made without it, at the same shrinkage, centre and freedom."""
+    features, labels = clusters(seed, counts, 3)
+    made = untaught(3).with_images(features, labels, len(counts))
+    logits, scores, kept = leave_one_out(made, features, labels)
+    assert kept.tolist() == [i for i, c in enumerate(labels) if counts[c] > 1]
+    assert len(logits) == len(scores) == len(kept)
+    covariance, shrinkage = made.covariance()
+    centre = Discriminant.of(made).centre
+    for row, index in enumerate(kept):
+        others = np.arange(len(labels)) != index
+        rest = untaught(3).with_images(features[others], labels[others], len(counts))
+        lost = (made.scatter - rest.scatter).astype(np.float64) / max(made.freedom, 1)
+        without = covariance - (1 - shrinkage) * lost
+        if np.linalg.eigvalsh(without).min() < 1e-2 * np.linalg.eigvalsh(covariance).min():
+            continue  # the image alone spans a direction: a gain is held back there
+        means = rest.means - centre
+        weight = np.linalg.solve(without, means.T)
+        expected = (features[index] - centre) @ weight - 0.5 * (weight * means.T).sum(0)
+        np.testing.assert_allclose(logits[row], expected, rtol=2e-2, atol=2e-2)
+
+
+def test_leaving_out_tells_what_training_images_hide() -> None:
+    """30 images in 24 dimensions: each is right about itself, and knows nothing of the others."""
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(30, 24)), np.arange(30) % 3
+    made = untaught(24).with_images(features, labels, 3)
+    fooled = accuracy(Discriminant.of(made).logits(features), labels)
+    logits, _, kept = leave_one_out(made, features, labels)
+    honest = accuracy(logits, labels[kept])
+    assert fooled is not None
+    assert honest is not None
+    assert fooled > 0.8
+    assert honest < 0.6
+
+
+# -- probabilities ------------------------------------------------------------------------------
+
+
+@given(SEEDS, st.floats(0.7, 30))
+def test_the_temperature_of_calibrated_logits_is_found(seed: int, temperature: float) -> None:
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.normal(size=(4000, 5))
+    odds = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = (odds.cumsum(1) > rng.random((4000, 1))).argmax(1)
+    found = fit_temperature(temperature * logits, labels)
+    assert found == pytest.approx(temperature, rel=0.15)
+
+
+@given(SEEDS, st.floats(0.05, 0.9), st.floats(1, 1e4))
+def test_a_teaching_head_is_as_unsure_as_it_is_asked_to_be(
+    seed: int, share: float, sharpness: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 6, 200)
+    logits = sharpness * (np.eye(6)[labels] + 0.3 * rng.normal(size=(200, 6)))
+    temperature = teaching_temperature(logits, labels, share)
+    loss = cross_entropy(logits, labels, temperature)
+    if temperature > fit_temperature(logits, labels):
+        assert loss == pytest.approx(share * math.log(6), rel=1e-3)
+    else:
+        assert loss >= share * math.log(6)
+
+
+# -- novelty ------------------------------------------------------------------------------------
+
+
+def model_of(made: ClassStatistics, calibration: Calibration | None = None) -> ContinualModel:
+    blank = ContinualModel.untaught({}, len(made.scatter))
+    classes = tuple(ClassEntry(f"class {i}", "task") for i in range(len(made.means)))
+    return answering(replace(blank, classes=classes), made, calibration or blank.calibration)
+
+
+@given(SEEDS, st.integers(1, 6))
+def test_novelty_is_the_angle_to_the_nearest_class(seed: int, classes: int) -> None:
+    made = statistics(seed, [20] * classes, 5)
+    discriminant = Discriminant.of(made)
+    queries = np.random.default_rng(seed).normal(size=(9, 5)) * 5
+    scores = novelty_scores(novelty_of(made, discriminant), queries)
+    around, means = queries - discriminant.centre, made.means - discriminant.centre
+    products = around @ discriminant.precision @ means.T
+    sizes = np.sqrt(((around @ discriminant.precision) * around).sum(1))
+    lengths = np.sqrt(np.maximum(((means @ discriminant.precision) * means).sum(1), 1e-30))
+    if classes > 1:
+        expected = 1 - (products / sizes[:, None] / lengths).max(1)
+        np.testing.assert_allclose(scores, expected, atol=1e-3)
+    else:
+        np.testing.assert_allclose(scores, 1, atol=1e-3)
+
+
+def test_a_novelty_threshold_is_a_share_of_known_images() -> None:
+    rng = np.random.default_rng(0)
+    features, labels = clusters(0, [300] * 8, 10)
+    train = rng.random(len(labels)) < 0.7
+    made = untaught(10).with_images(features[train], labels[train], 8)
+    model = model_of(made)
+    examined = examine(
+        model,
+        made,
+        (features[train], labels[train]),
+        (features[~train][::2], labels[~train][::2]),
+        lda=True,
+    )
+    assert examined.method is HeldOut.HELD_OUT
+    ready = answering(model, made, pooled(model.calibration, examined))
+    known = novelty_shares(ready, features[~train][1::2])
+    for threshold in (0.5, 0.8, 0.95):
+        assert (known > threshold).mean() == pytest.approx(1 - threshold, abs=0.06)
+    strangers = novelty_shares(ready, 6 * rng.normal(size=(200, 10)))
+    assert strangers.mean() > known.mean() + 0.25
+    assert ((known >= 0) & (known <= 1)).all()
+
+
+def test_calibration_is_pooled_by_images() -> None:
+    rng = np.random.default_rng(0)
+    parts = []
+    for count, sharpness in ((300, 1.0), (100, 4.0)):
+        logits = 3 * rng.normal(size=(count, 4))
+        odds = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        labels = (odds.cumsum(1) > rng.random((count, 1))).argmax(1)
+        scores = rng.random(count)
+        parts.append(Examined(HeldOut.HELD_OUT, sharpness * logits, labels, scores))
+    blank = Calibration.untaught()
+    both = pooled(pooled(blank, parts[0]), parts[1])
+    alone = [pooled(blank, part) for part in parts]
+    assert both.images == 400
+    mean = 0.75 * alone[0].log_temperature + 0.25 * alone[1].log_temperature
+    assert both.log_temperature == pytest.approx(mean)
+    np.testing.assert_allclose(
+        both.levels, 0.75 * alone[0].levels + 0.25 * alone[1].levels, rtol=1e-5
+    )
+    assert (np.diff(both.levels) >= 0).all()
+    nothing = Examined(HeldOut.NONE, np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
+    assert pooled(both, nothing) is both
+
+
+# -- what held-out figures are of ---------------------------------------------------------------
+
+
+def test_a_class_too_small_to_hold_out_is_left_out_instead() -> None:
+    features, labels = clusters(0, [30, 30, 3], 6)
+    held = np.zeros(len(labels), bool)
+    held[[0, 1, 31, 32]] = True
+    made = untaught(6).with_images(features[~held], labels[~held], 3)
+    parts = (features[~held], labels[~held]), (features[held], labels[held])
+    assert examine(model_of(made), made, *parts, lda=True).method is HeldOut.LEAVE_ONE_OUT
+    assert examine(model_of(made), made, *parts, lda=False).method is HeldOut.HELD_OUT
+    with_all = held | (np.arange(len(labels)) == 60)
+    parts = (features[~with_all], labels[~with_all]), (features[with_all], labels[with_all])
+    examined = examine(model_of(made), made, *parts, lda=True)
+    assert examined.method is HeldOut.HELD_OUT
+    assert sorted(examined.positions.tolist()) == [0, 0, 1, 1, 2]
+
+
+def test_no_more_is_examined_than_it_takes() -> None:
+    features, labels = clusters(0, [3 * EXAMINED_IMAGES // 2] * 2, 3)
+    made = untaught(3).with_images(features, labels, 2)
+    empty = np.zeros((0, 3)), np.zeros(0, int)
+    examined = examine(model_of(made), made, (features, labels), empty, lda=True)
+    assert examined.method is HeldOut.LEAVE_ONE_OUT
+    assert len(examined.positions) <= EXAMINED_IMAGES
+    assert examined.accuracy() == pytest.approx(1, abs=0.5)
+    assert set(examined.positions.tolist()) == {0, 1}
+
+
+def test_accuracy_among_some_classes() -> None:
+    logits = np.array([[3.0, 2.0, 1.0], [0.0, 1.0, 2.0], [5.0, 0.0, 1.0]])
+    labels = np.array([1, 2, 2])
+    assert accuracy(logits, labels) == pytest.approx(1 / 3)
+    assert accuracy(logits, labels, np.array([1, 2])) == 1
+    assert accuracy(np.zeros((0, 3)), np.zeros(0, int)) is None

@@ -16,20 +16,28 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from inflora_core.backbone import Backbone, state_of
-from inflora_core.config import LearnConfig
+from inflora_core.config import LEAST_STEPS, MOST_STEPS, LearnConfig
 from inflora_core.errors import CancelledError, InvalidInputError, StateError
 from inflora_core.learner import (
     before_merging,
     learn_task,
-    learning_rate_at,
     logits_of,
-    split,
+    tasks_left,
     threshold_after,
 )
 from inflora_core.merge import merge, product
-from inflora_core.model import ContinualModel, LabelledImages, Learned, Progress, Stage, TaskReport
+from inflora_core.model import (
+    ContinualModel,
+    HeldOut,
+    LabelledImages,
+    Learned,
+    Progress,
+    Stage,
+    TaskReport,
+)
 from inflora_core.moments import record_moments
 from inflora_core.progress import Tracker
+from inflora_core.training import PATIENCE, Watch, learning_rate_at, split
 from tests.core import tiny
 
 CPU = torch.device("cpu")
@@ -66,7 +74,7 @@ def learn(
     **changes: Any,
 ) -> Learned:
     config = config.updated(**changes)
-    return learn_task(before, backbone, data, task, config, Tracker(config.epochs, on_progress))
+    return learn_task(before, backbone, data, task, config, Tracker(on_progress))
 
 
 @pytest.fixture(scope="module")
@@ -217,16 +225,19 @@ def test_what_is_kept_of_the_images_is_of_the_merged_model(
 ) -> None:
     before, learned = states(blank, stream)[task].layers, stream[task]
     labels = (FIRST, SECOND, THIRD)[task]
-    train, _ = split(tiny.images(labels, 12), CONFIG.held_out_share, CONFIG.seed, CPU)
+    data = tiny.images(labels, 12)
+    train, _ = split(data.images, data.labels, CONFIG.held_out_share, CONFIG.seed, CPU)
     set_weights(backbone, learned.model)
     layers = {name: backbone.qkv(name) for name in backbone.config.layers}
     with torch.inference_mode(), record_moments(layers) as moments:
-        features = backbone.module(backbone.normalise(train.pixels))
+        backbone.module(backbone.normalise(train.pixels))
+    with torch.inference_mode():
+        features = backbone.module(backbone.normalise(torch.from_numpy(data.images)))
     columns = learned.model.columns_of(f"task-{task}")
     for column, label in zip(columns, range(len(labels)), strict=True):
-        mean = features[train.labels == label].mean(0).numpy()
+        mean = features[torch.from_numpy(data.labels) == label].mean(0).numpy()
         assert np.allclose(learned.model.class_means[column], mean, atol=1e-4)
-        assert learned.model.class_counts[column] == 9
+        assert learned.model.class_counts[column] == 12, "held-out images count here"
     for name, layer in learned.model.layers.items():
         old, new = before[name], moments[name]
         assert layer.tokens == old.tokens + new.tokens
@@ -354,8 +365,7 @@ def test_held_out_images_are_apart_from_training(
     labels = np.repeat(np.arange(len(counts)), counts)
     labels = np.random.default_rng(0).permutation(labels)
     pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, 3)
-    names = tuple(f"class {i}" for i in range(len(counts)))
-    train, held_out = split(LabelledImages(pixels, labels, names), share, seed, CPU)
+    train, held_out = split(pixels, labels, share, seed, CPU)
     left, right = (set(part.pixels[:, 0, 0, 0].tolist()) for part in (train, held_out))
     assert not left & right
     assert left | right == set(range(len(labels)))
@@ -367,12 +377,12 @@ def test_held_out_images_are_apart_from_training(
         assert part.labels.tolist() == labels[part.pixels[:, 0, 0, 0].numpy()].tolist()
 
 
-def test_held_out_images_do_not_influence_what_is_learned(
+def test_held_out_images_influence_nothing_but_the_statistics(
     backbone: Backbone, blank: ContinualModel
 ) -> None:
     data = tiny.images(FIRST, 8)
     first = learn(blank, backbone, data)
-    _, held_out = split(data, CONFIG.held_out_share, CONFIG.seed, CPU)
+    _, held_out = split(data.images, data.labels, CONFIG.held_out_share, CONFIG.seed, CPU)
     hidden = [
         i
         for i, image in enumerate(data.images)
@@ -382,16 +392,49 @@ def test_held_out_images_do_not_influence_what_is_learned(
     changed = data.images.copy()
     changed[hidden] = 255 - changed[hidden]
     other = learn(blank, backbone, replace(data, images=changed))
-    assert bytes_of(other)[:-1] == bytes_of(first)[:-1]
+    for name, factors in first.factors.items():
+        assert factors.expansion.tobytes() == other.factors[name].expansion.tobytes()
+        assert factors.reduction.tobytes() == other.factors[name].reduction.tobytes()
+    for name, layer in first.model.layers.items():
+        assert layer.basis.tobytes() == other.model.layers[name].basis.tobytes()
+        assert layer.protected == other.model.layers[name].protected
+    assert first.report.epoch_losses == other.report.epoch_losses
+    assert first.report.held_out_method is HeldOut.HELD_OUT
     assert other.report.held_out_accuracy != first.report.held_out_accuracy
     assert first.report.held_out_counts == {"red": 2, "green": 2}
+    # Once they have been asked for, they are as good as any: 8 images, not 6.
+    assert first.model.class_counts.tolist() == [8, 8]
+    assert not np.allclose(first.model.class_means, other.model.class_means)
 
 
 def test_nothing_is_held_out_on_request(backbone: Backbone, blank: ContinualModel) -> None:
     report = learn(blank, backbone, tiny.images(FIRST, 6), held_out_share=0.0).report
     assert report.held_out_counts == {}
+    assert report.held_out_method is HeldOut.LEAVE_ONE_OUT
+    assert report.held_out_accuracy is not None
+    report = learn(
+        blank, backbone, tiny.images(FIRST, 6), held_out_share=0.0, head="trained"
+    ).report
+    assert report.held_out_method is HeldOut.NONE
     assert report.held_out_accuracy is None
     assert report.held_out_accuracy_task_known is None
+
+
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_with_few_images_each_is_left_out_in_turn(
+    backbone: Backbone, blank: ContinualModel, each: int
+) -> None:
+    learned = learn(blank, backbone, tiny.images(FIRST, each), held_out_share=0.1)
+    assert_finite(learned)
+    report = learned.report
+    assert report.held_out_counts == {}
+    if each == 1:
+        assert report.held_out_method is HeldOut.NONE, "a class without images is no class"
+        assert report.held_out_accuracy is None
+    else:
+        assert report.held_out_method is HeldOut.LEAVE_ONE_OUT
+        assert 0 <= report.held_out_accuracy <= 1  # type: ignore[operator]
+        assert any("flatter" in warning for warning in report.warnings)
 
 
 # -- unusual tasks ------------------------------------------------------------------------------
@@ -423,7 +466,7 @@ def test_a_full_layer_gets_no_adapter_and_the_others_learn(
     assert (row.layer, row.rank, row.free_before, row.free_after) == (closed, 0, 0, 0)
     assert row.leak == row.interference == 0
     assert learned.report.layers[1 - which].rank > 0
-    (warning,) = learned.report.warnings
+    (warning,) = (line for line in learned.report.warnings if "not adapted" in line)
     assert closed in warning
     assert open_ not in warning
     assert learned.report.training_accuracy >= 0.9
@@ -445,26 +488,74 @@ def test_with_every_layer_full_the_head_still_learns(
         assert learned.factors == {}
         for name, layer in learned.model.layers.items():
             assert np.array_equal(layer.key_value, before.layers[name].key_value)
-        assert len(learned.report.warnings) == 1
         assert all(name in learned.report.warnings[0] for name in backbone.config.layers)
+        assert "0% of all directions are free" in learned.report.warnings[1]
         assert learned.report.capacity == 0
         assert len(learned.model.head_weight) == len(FIRST) + len(SECOND)
-        assert learned.report.epoch_losses[-1] < learned.report.epoch_losses[0]
+        unseen = tiny.images(SECOND, 9, first=40)
+        if head == "lda":
+            assert asked(backbone, learned.model, unseen) > 0.8
+        else:
+            assert learned.report.epoch_losses[-1] < learned.report.epoch_losses[0]
 
 
-@pytest.mark.parametrize("head", ["lda", "trained"])
-def test_a_task_of_one_class(
-    backbone: Backbone, blank: ContinualModel, stream: list[Learned], head: str
+def test_a_task_of_one_class_adapts_the_backbone(
+    backbone: Backbone, blank: ContinualModel, stream: list[Learned]
 ) -> None:
+    """Against what is known, or, if it is the first class of all, against itself upside down."""
     for before in (blank, stream[0].model):
-        learned = learn(before, backbone, tiny.images(["blue"], 8), "one", head=head)
+        learned = learn(before, backbone, tiny.images(["blue"], 8), "one")
         assert_finite(learned)
-        assert any("one class" in warning for warning in learned.report.warnings)
-        assert learned.report.training_accuracy == 1
-        assert learned.report.epoch_losses == (0.0,) * CONFIG.epochs
+        assert [entry.label for entry in learned.model.classes[-1:]] == ["blue"]
+        assert len(learned.model.head_weight) == len(before.classes) + 1
+        assert learned.model.class_counts[-1] == 8, "its images upside down are not kept"
         for name, layer in learned.model.layers.items():
-            assert np.array_equal(layer.key_value, before.layers[name].key_value)
+            assert np.linalg.norm(product(learned.factors[name])) > 1e-3
             assert layer.protected > before.layers[name].protected
+        assert learned.report.leak < 1e-5
+
+
+def test_one_class_leaves_published_heads_without_a_gradient(
+    backbone: Backbone, blank: ContinualModel, stream: list[Learned]
+) -> None:
+    learned = learn(blank, backbone, tiny.images(["blue"], 8), "one", head="trained")
+    assert any("one class" in warning for warning in learned.report.warnings)
+    assert learned.report.epoch_losses == (0.0,) * CONFIG.epochs
+    for name, layer in learned.model.layers.items():
+        assert np.array_equal(layer.key_value, blank.layers[name].key_value)
+
+
+def test_a_known_class_gets_better_where_it_is_shown_anew(
+    backbone: Backbone, stream: list[Learned]
+) -> None:
+    """New images of a known class beside a new class: one row, better for both kinds of images."""
+    before = stream[0].model
+    old = tiny.images(FIRST, 12)
+    inverted = LabelledImages(255 - old.images, old.labels, old.names)
+    fresh = tiny.images(["white"], 12)
+    mixed = LabelledImages(
+        np.concatenate([inverted.images, fresh.images]),
+        np.concatenate([inverted.labels, fresh.labels + len(FIRST)]),
+        (*FIRST, "white"),
+    )
+    learned = learn(before, backbone, mixed, "mixed", epochs=10)
+    assert [entry.label for entry in learned.model.classes] == [*FIRST, "white"]
+    assert [entry.task for entry in learned.model.classes] == ["task-0", "task-0", "mixed"]
+    assert learned.model.class_counts.tolist() == [24, 24, 12]
+    unseen = tiny.images(FIRST, 20, first=50)
+    shifted = replace(unseen, images=255 - unseen.images)
+    assert asked(backbone, learned.model, shifted) > asked(backbone, before, shifted) + 0.3
+    assert asked(backbone, learned.model, unseen) >= asked(backbone, before, unseen) - 0.05
+
+
+def asked(backbone: Backbone, model: ContinualModel, data: LabelledImages) -> float:
+    """Return the accuracy of ``model`` on ``data``."""
+    set_weights(backbone, model)
+    position = {entry.label: i for i, entry in enumerate(model.classes)}
+    truth = np.array([position[name] for name in data.names])[data.labels]
+    with torch.inference_mode():
+        features = backbone.module(backbone.normalise(torch.from_numpy(data.images)))
+    return float((logits_of(model, features).argmax(1).numpy() == truth).mean())
 
 
 @pytest.mark.parametrize("labels", [["red"], FIRST, tiny.COLOURS])
@@ -475,7 +566,6 @@ def test_one_image_of_each_class(
     assert_finite(learned)
     assert learned.report.held_out_counts == {}
     assert learned.report.held_out_accuracy is None
-    assert learned.report.training_accuracy == 1
     assert learned.model.class_counts.tolist() == [1] * len(labels)
     again = learn(learned.model, backbone, tiny.images(["red x", "blue x"], 1), "second")
     assert_finite(again)
@@ -504,9 +594,12 @@ def assert_finite(learned: Learned) -> None:
 # -- what is refused ----------------------------------------------------------------------------
 
 
-def test_a_known_class_is_refused_by_name(backbone: Backbone, stream: list[Learned]) -> None:
-    with pytest.raises(StateError, match=r"'yellow'.*task-1") as caught:
-        learn(stream[-1].model, backbone, tiny.images(["white x", "yellow"], 3), "again")
+def test_published_heads_refuse_a_known_class_by_name(
+    backbone: Backbone, stream: list[Learned]
+) -> None:
+    data = tiny.images(["white x", "yellow"], 3)
+    with pytest.raises(StateError, match="'yellow'") as caught:
+        learn(stream[-1].model, backbone, data, "again", head="trained")
     assert caught.value.field == "examples"
     assert_untouched(backbone)
 
@@ -528,7 +621,7 @@ def test_training_that_diverges_is_refused(
     values = {**CONFIG.model_dump(), "epochs": epochs, "batch_size": batch_size}
     absurd = LearnConfig.model_construct(**{**values, "learning_rate": 1e30})
     with pytest.raises(InvalidInputError, match="diverged") as caught:
-        learn_task(blank, backbone, data, "task", absurd, Tracker(epochs))
+        learn_task(blank, backbone, data, "task", absurd, Tracker())
     assert caught.value.field == "learning_rate"
     assert repr(blank) == state
     assert_untouched(backbone)
@@ -539,6 +632,68 @@ def test_the_highest_learning_rate_breaks_nothing(
     backbone: Backbone, blank: ContinualModel
 ) -> None:
     assert_finite(learn(blank, backbone, tiny.images(FIRST, 8), learning_rate=10.0))
+
+
+# -- how long, and how much is left -------------------------------------------------------------
+
+
+@given(images=st.integers(1, 10**6), batch_size=st.integers(1, 4096))
+def test_epochs_suit_the_number_of_images(images: int, batch_size: int) -> None:
+    config = LearnConfig(batch_size=batch_size)
+    epochs, steps = config.epochs_for(images), -(-images // batch_size)
+    assert epochs >= 1
+    assert epochs * steps >= min(LEAST_STEPS, 100 * steps)
+    assert epochs * steps <= max(MOST_STEPS, steps)
+    assert config.updated(epochs=7).epochs_for(images) == 7
+
+
+def test_training_ends_when_held_out_images_get_no_better(
+    backbone: Backbone, blank: ContinualModel
+) -> None:
+    data = tiny.images(FIRST, 40)
+    steady = LearnConfig(rank=4, batch_size=64, learning_rate=1e-30, held_out_share=0.25)
+    learned = learn(blank, backbone, data, config=steady)
+    assert steady.epochs_for(60) == 60
+    assert len(learned.report.epoch_losses) == 1 + PATIENCE
+    assert learned.report.settings["epochs"] == 60
+    given_epochs = learn(blank, backbone, data, config=steady, epochs=6)
+    assert len(given_epochs.report.epoch_losses) == 6, "what was asked for is done"
+
+
+def test_the_best_epoch_is_kept() -> None:
+    watch, parameter = Watch(on=True), [nn.Parameter(torch.zeros(2))]
+    ends = []
+    for value, loss in enumerate([3.0, 2.0, 2.5, 2.1, 2.0]):
+        parameter[0].data.fill_(value)
+        ends.append(watch.over(loss, parameter))
+    assert ends == [False, False, False, False, True]
+    watch.restore(parameter)
+    assert parameter[0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "left"),
+    [
+        ([0.9], None),
+        ([0.9, 0.8], 8.0),
+        ([0.9, 0.8, 0.8], 16.0),
+        ([0.9, 0.8, 0.6, 0.5, 0.4], 3.0),
+        ([0.9, 0.4, 0.4, 0.4, 0.4], None),
+        ([0.9, 0.5, 0.0], 0.0),
+    ],
+)
+def test_how_many_more_tasks_fit(capacity: list[float], left: float | None) -> None:
+    assert tasks_left(np.array(capacity)) == (None if left is None else pytest.approx(left))
+
+
+def test_little_room_is_warned_of(backbone: Backbone, stream: list[Learned]) -> None:
+    roomy, full_ = stream[0].model, full(stream[0].model, *backbone.config.layers)
+    assert not any("free" in line for line in stream[0].report.warnings)
+    learned = learn(replace(full_, capacity=np.array([0.5, 0.3])), backbone, tiny.images(SECOND, 6))
+    assert learned.model.capacity.tolist() == [0.5, 0.3, 0.0]
+    assert learned.report.tasks_left == 0
+    assert any("about 0.0 more tasks" in line for line in learned.report.warnings)
+    assert len(roomy.capacity) == 1
 
 
 # -- progress and cancelling --------------------------------------------------------------------
@@ -581,7 +736,8 @@ def test_progress_never_falls(
 def test_a_fraction_stays_between_its_stages(steps: dict[Stage, list[float]], epochs: int) -> None:
     """Also when the last batch is not full and the share comes out above 1."""
     seen: list[Progress] = []
-    tracker = Tracker(epochs, seen.append)
+    tracker = Tracker(seen.append)
+    tracker.epochs = epochs
     for stage in sorted(steps, key=list(Stage).index):
         tracker.start(stage)
         for share in sorted(steps[stage]):
@@ -625,7 +781,7 @@ def test_cancelled_anywhere_leaves_no_trace(
 
 def test_the_cosine_falls_from_the_base_rate_towards_zero() -> None:
     config = CONFIG.updated(epochs=4)
-    rates = [learning_rate_at(config, e, s / 10) for e in range(4) for s in range(10)]
+    rates = [learning_rate_at(config, e, 4, (e + s / 10) / 4) for e in range(4) for s in range(10)]
     assert rates[0] == config.learning_rate
     assert rates == sorted(rates, reverse=True)
     assert 0 < rates[-1] < 0.01 * config.learning_rate
@@ -633,11 +789,11 @@ def test_the_cosine_falls_from_the_base_rate_towards_zero() -> None:
 
 def test_the_published_schedule_lags_an_epoch() -> None:
     config = CONFIG.updated(schedule="published", epochs=20)
-    rates = [learning_rate_at(config, epoch, 0.5) for epoch in range(20)]
+    rates = [learning_rate_at(config, epoch, 20, 0.5) for epoch in range(20)]
     assert rates[0] == rates[1] == config.learning_rate
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] > 0
-    assert learning_rate_at(config.updated(epochs=1), 0, 0.5) == config.learning_rate
+    assert learning_rate_at(config, 0, 1, 0.5) == config.learning_rate
 
 
 def test_an_initial_head_is_where_training_starts(
@@ -653,9 +809,7 @@ def test_an_initial_head_is_where_training_starts(
         seen.append(progress.loss)
 
     config = CONFIG.updated(head="trained")
-    learned = learn_task(
-        blank, backbone, data, "task", config, Tracker(config.epochs, first_loss), head
-    )
+    learned = learn_task(blank, backbone, data, "task", config, Tracker(first_loss), head)
     assert next(loss for loss in seen if loss) == pytest.approx(np.log(2))
     trained: Tensor = head.weight.detach()
     assert np.array_equal(learned.model.head_weight, trained.numpy())

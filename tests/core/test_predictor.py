@@ -21,7 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 from inflora_core import graph
 from inflora_core.errors import DamagedError, InvalidInputError, StateError, UnavailableError
 from inflora_core.graph import ModelCard
-from inflora_core.model import ClassEntry, ContinualModel, Preprocessing
+from inflora_core.heads import novelty_shares
+from inflora_core.model import LEVELS, ClassEntry, ContinualModel, Preprocessing
 from inflora_core.predictor import (
     CPU,
     CUDA,
@@ -32,6 +33,7 @@ from inflora_core.predictor import (
     softmax,
     top_classes,
 )
+from tests.core import tiny
 
 SIZE = Preprocessing(
     height=16,
@@ -51,6 +53,7 @@ CLASSES = (
     ClassEntry("dog", "t3"),
     ClassEntry("eel", "t2"),
 )
+
 ONE_THREAD = RuntimeOptions(intra_op_threads=1, provider="cpu")
 
 
@@ -83,6 +86,7 @@ def version(number: int = 3, classes: tuple[ClassEntry, ...] = CLASSES) -> bytes
         ContinualModel.untaught({}, EMBEDDING),
         head_weight=rng.normal(size=(len(classes), EMBEDDING)).astype(np.float32),
         head_bias=rng.normal(size=len(classes)).astype(np.float32),
+        novelty=tiny.novelty(len(classes), EMBEDDING),
         classes=classes,
     )
     return graph.materialise(template(), model, number)
@@ -400,9 +404,23 @@ def test_top_k_must_be_positive(top_k: int):
     assert caught.value.field == "top_k"
 
 
-def test_novelty_is_passed_on(predictor: Predictor):
-    answers = predictor.predict([image(20, 20), image(30, 10, 1)])
-    np.testing.assert_allclose(answers.novelty, 1 - answers.probabilities.max(axis=1), atol=1e-6)
+def test_novelty_is_a_share_of_known_images():
+    """Every knot of its scale, and what lies below, between and above them."""
+    classes = CLASSES[:2]
+    blank = ContinualModel.untaught({}, EMBEDDING)
+    levels = np.sort(np.random.default_rng(0).uniform(0.2, 1.6, LEVELS)).astype(np.float32)
+    levels[10:20] = levels[10]  # many images with one score
+    model = replace(
+        blank,
+        head_weight=np.zeros((2, EMBEDDING), np.float32),
+        head_bias=np.zeros(2, np.float32),
+        novelty=tiny.novelty(2, EMBEDDING),
+        calibration=replace(blank.calibration, levels=levels),
+        classes=classes,
+    )
+    predictor = Predictor.load(graph.materialise(template(), model, 1), ONE_THREAD)
+    answers = predictor.predict([image(20 + i, 30, i) for i in range(12)])
+    np.testing.assert_allclose(answers.novelty, novelty_shares(model, answers.embedding), atol=2e-4)
     assert len(replace(answers, logits=answers.logits[:1])) == 1
 
 

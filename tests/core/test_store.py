@@ -29,13 +29,17 @@ from inflora_core.errors import (
 )
 from inflora_core.merge import merge
 from inflora_core.model import (
+    LEVELS,
     BackboneConfig,
+    Calibration,
     ClassEntry,
     ContinualModel,
     Factors,
+    HeldOut,
     LayerReport,
     LayerState,
     Learned,
+    Novelty,
     ParityReport,
     Stage,
     TaskReport,
@@ -52,6 +56,11 @@ REPORT = TaskReport(
     held_out_accuracy_task_known=None,
     held_out_accuracy=0.5,
     held_out_counts={"Käfer 🪲": 3},
+    held_out_method=HeldOut.HELD_OUT,
+    temperature=4.5,
+    tasks_left=7.25,
+    class_bytes=100,
+    shared_bytes=1000,
     epoch_losses=(0.7, 0.1 + 0.2),
     stage_seconds={Stage.TRAINING: 1.5},
     settings={"epochs": 2, "expected_tasks": None},
@@ -114,6 +123,9 @@ def learned(
         class_means=array(len(known), e),
         class_counts=rng.integers(1, 99, len(known)),
         class_scatter=array(e, e),
+        novelty=Novelty(array(len(known), e), array(len(known)), array(e, e), array(e)),
+        calibration=Calibration(12 + seed, 0.1 * seed, np.sort(array(LEVELS))),
+        capacity=np.append(before.capacity, 0.5),
         classes=known,
         tasks=before.tasks + 1,
     )
@@ -138,6 +150,12 @@ def assert_same(left: ContinualModel, right: ContinualModel) -> None:
             assert_same_array(getattr(layer, field), getattr(other, field))
     for field in ("head_weight", "head_bias", "class_means", "class_counts", "class_scatter"):
         assert_same_array(getattr(left, field), getattr(right, field))
+    for field in ("weight", "bias", "whitening", "offset"):
+        assert_same_array(getattr(left.novelty, field), getattr(right.novelty, field))
+    assert_same_array(left.calibration.levels, right.calibration.levels)
+    assert_same_array(left.capacity, right.capacity)
+    for field in ("images", "log_temperature"):
+        assert getattr(left.calibration, field) == getattr(right.calibration, field)
     for field in ("classes", "tasks", "version"):
         assert getattr(left, field) == getattr(right, field)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from inflora_core.backbone import Backbone, create_backbone
-from inflora_core.model import ContinualModel, LabelledImages
+from inflora_core.model import ContinualModel, LabelledImages, Novelty
 from inflora_core.spool import SpoolWriter
 from inflora_core.store import initial_layer
 
@@ -75,6 +75,19 @@ def untaught(backbone: Backbone) -> ContinualModel:
         for name in backbone.config.layers
     }
     return ContinualModel.untaught(layers, backbone.config.embedding_size)
+
+
+def novelty(classes: int, embedding_size: int) -> Novelty:
+    """Return what scores novelty by random directions, one for each class."""
+    rng = np.random.default_rng(classes)
+
+    def array(*shape: int) -> Any:
+        return rng.normal(size=shape).astype(np.float32)
+
+    e = embedding_size
+    directions = array(classes, e)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return Novelty(directions, array(classes) / 10, np.eye(e, dtype=np.float32), array(e) / 10)
 
 
 def pattern(label: str, number: int, side: int = SIDE, variety: float = 0.3) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from inflora_core.backbone import Backbone, build_backbone
 from inflora_core.config import LearnConfig, preset
-from inflora_core.learner import learn_task, learning_rate_at, load_weights, logits_of
+from inflora_core.learner import learn_task, load_weights, logits_of
 from inflora_core.merge import product
 from inflora_core.model import (
     BackboneConfig,
@@ -28,6 +28,7 @@ from inflora_core.model import (
 )
 from inflora_core.progress import Tracker
 from inflora_core.store import initial_layer
+from inflora_core.training import learning_rate_at
 
 TASKS = range(5)
 LAYERS = [f"blocks.{i}.attn" for i in range(3)]
@@ -94,7 +95,7 @@ def run(vit_learner: Mapping[str, Any]) -> Run:
                 "bias": torch.from_numpy(golden[f"task{t}/head_b_before"]),
             }
         )
-        tracker = Tracker(config.epochs)
+        tracker = Tracker()
         learned = learn_task(model, backbone, data, f"task{t}", config, tracker, head)
         model = learned.model
         load_weights(backbone, model)
@@ -114,7 +115,7 @@ class TestTask:
         assert_allclose(run.tasks[t].logits, run.golden[f"task{t}/logits"], atol=5e-5)
 
     def test_learning_rates(self, run: Run, t: int) -> None:
-        rates = [learning_rate_at(run.config, epoch, 0.0) for epoch in range(4)]
+        rates = [learning_rate_at(run.config, epoch, 4, 0.0) for epoch in range(4)]
         assert_allclose(rates, run.golden[f"task{t}/lr"], rtol=1e-12)
 
     def test_threshold(self, run: Run, t: int) -> None:

@@ -15,6 +15,7 @@ from inflora_core.images import decode
 from inflora_core.model import (
     BackboneConfig,
     ClassEntry,
+    HeldOut,
     LayerReport,
     Learned,
     ParityReport,
@@ -76,6 +77,11 @@ def publish_colours(
         head_bias=np.concatenate([before.head_bias, -SHARPNESS * (means**2).sum(axis=1)]).astype(
             np.float32
         ),
+        novelty=replace(
+            before.novelty,
+            weight=np.concatenate([before.novelty.weight, means]).astype(np.float32),
+            bias=np.zeros(len(before.classes) + len(means), np.float32),
+        ),
         classes=(*before.classes, *(ClassEntry(label, task) for label in colours)),
         tasks=before.tasks + 1,
     )
@@ -86,6 +92,11 @@ def publish_colours(
         held_out_accuracy_task_known=None,
         held_out_accuracy=None,
         held_out_counts={},
+        held_out_method=HeldOut.NONE,
+        temperature=1.0,
+        tasks_left=None,
+        class_bytes=100,
+        shared_bytes=1000,
         epoch_losses=(0.75, 0.5),
         stage_seconds={Stage.DECODING: 0.25, Stage.TRAINING: 1.5},
         settings=settings or {},

@@ -116,7 +116,7 @@ class Worker:
                 self.send("failed", task=task, **fields)
 
     def learn(self, command: dict[str, Any]) -> None:
-        task, epochs = command["task"], command["settings"]["epochs"]
+        task, epochs = command["task"], command["settings"]["epochs"] or 5
         for number, stage in enumerate(STAGES):
             trains = stage == "TRAINING"
             self.send(

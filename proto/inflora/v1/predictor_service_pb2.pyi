@@ -95,8 +95,9 @@ class Prediction(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     NOVELTY_FIELD_NUMBER: _builtins.int
     novelty: _builtins.float
-    """How little the image looks like any known class, 0 (known) to 1 (new). One less the highest
-    probability over all classes, until a calibrated score replaces it.
+    """How little the image looks like any known class, 0 (known) to 1 (new): the share of images of
+    known classes that look less new, measured on held-out images. Taking what is above 0.95 for new
+    rejects about 5% of known images.
     """
     @_builtins.property
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassScore]:

@@ -105,6 +105,34 @@ TASK_STAGE_PUBLISHING: TaskStage.ValueType  # 8
 """The version is made durable, loaded, warmed and made current."""
 Global___TaskStage: _TypeAlias = TaskStage  # noqa: Y015
 
+class _HeldOutMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HeldOutMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HeldOutMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HELD_OUT_METHOD_UNSPECIFIED: _HeldOutMethod.ValueType  # 0
+    """Nothing: there were no images for it."""
+    HELD_OUT_METHOD_HELD_OUT: _HeldOutMethod.ValueType  # 1
+    """Images that training never saw."""
+    HELD_OUT_METHOD_LEAVE_ONE_OUT: _HeldOutMethod.ValueType  # 2
+    """Training images, each left out of the statistics in turn, because some class has too few images
+    to hold any out. These figures flatter: training saw the images.
+    """
+
+class HeldOutMethod(_HeldOutMethod, metaclass=_HeldOutMethodEnumTypeWrapper):
+    """What held-out accuracies were measured on."""
+
+HELD_OUT_METHOD_UNSPECIFIED: HeldOutMethod.ValueType  # 0
+"""Nothing: there were no images for it."""
+HELD_OUT_METHOD_HELD_OUT: HeldOutMethod.ValueType  # 1
+"""Images that training never saw."""
+HELD_OUT_METHOD_LEAVE_ONE_OUT: HeldOutMethod.ValueType  # 2
+"""Training images, each left out of the statistics in turn, because some class has too few images
+to hold any out. These figures flatter: training saw the images.
+"""
+Global___HeldOutMethod: _TypeAlias = HeldOutMethod  # noqa: Y015
+
 @_typing.final
 class TaskSpec(_message.Message):
     """What a client may choose for one task. An unset field takes the server's setting."""
@@ -129,7 +157,9 @@ class TaskSpec(_message.Message):
     returns the task that exists. Empty: every call makes a new task.
     """
     epochs: _builtins.int
-    """Passes over the training images, 1 to 10000."""
+    """Passes over the training images, 1 to 10000. Unset, and unless the server is set to a number, the
+    learner chooses: more for few images, and no more once the held-out images stop getting better.
+    """
     learning_rate: _builtins.float
     """Base learning rate, > 0 and at most 10, of the expansions and of the new head."""
     rank: _builtins.int
@@ -283,7 +313,9 @@ class LearningSettings(_message.Message):
     THRESHOLD_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
-    """Passes over the training images."""
+    """Passes over the training images, at most: `TaskReport.epoch_losses` has one entry for each that
+    there was.
+    """
     learning_rate: _builtins.float
     """Base learning rate."""
     rank: _builtins.int
@@ -449,6 +481,11 @@ class TaskReport(_message.Message):
     SETTINGS_FIELD_NUMBER: _builtins.int
     EPOCH_LOSSES_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    HELD_OUT_METHOD_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TASKS_LEFT_FIELD_NUMBER: _builtins.int
+    CLASS_BYTES_FIELD_NUMBER: _builtins.int
+    SHARED_BYTES_FIELD_NUMBER: _builtins.int
     leak: _builtins.float
     """Largest leak of any layer."""
     interference: _builtins.float
@@ -458,9 +495,21 @@ class TaskReport(_message.Message):
     training_accuracy: _builtins.float
     """Share of training images whose class wins among this task's classes, 0 to 1."""
     held_out_accuracy_task_known: _builtins.float
-    """The same on the held-out images, with the task known. Unset where none were held out."""
+    """The same on the held-out images, with the task known. Unset where there were none."""
     held_out_accuracy: _builtins.float
-    """Share of held-out images whose class wins among all classes. Unset where none were held out."""
+    """Share of held-out images whose class wins among all classes. Unset where there were none."""
+    held_out_method: Global___HeldOutMethod.ValueType
+    """What the held-out accuracies were measured on."""
+    temperature: _builtins.float
+    """What logits were divided by so that probabilities mean what they say."""
+    tasks_left: _builtins.float
+    """About how many more tasks of this kind fit into the free directions, from the trend of the last
+    three. Unset after the first task, and where the last ones took nothing.
+    """
+    class_bytes: _builtins.int
+    """Bytes that each class adds to a version's state: head, statistics, novelty."""
+    shared_bytes: _builtins.int
+    """Bytes of statistics that all classes share."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerReport]:
         """One entry for each attention layer, first to last."""
@@ -500,19 +549,28 @@ class TaskReport(_message.Message):
         settings: Global___LearningSettings | None = ...,
         epoch_losses: _abc.Iterable[_builtins.float] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        held_out_method: Global___HeldOutMethod.ValueType = ...,
+        temperature: _builtins.float = ...,
+        tasks_left: _builtins.float | None = ...,
+        class_bytes: _builtins.int = ...,
+        shared_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "parity", b"parity", "settings", b"settings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "_tasks_left", b"_tasks_left", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "parity", b"parity", "settings", b"settings", "tasks_left", b"tasks_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "capacity", b"capacity", "epoch_losses", b"epoch_losses", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "interference", b"interference", "layers", b"layers", "leak", b"leak", "parity", b"parity", "settings", b"settings", "stage_seconds", b"stage_seconds", "training_accuracy", b"training_accuracy", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "_tasks_left", b"_tasks_left", "capacity", b"capacity", "class_bytes", b"class_bytes", "epoch_losses", b"epoch_losses", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "held_out_method", b"held_out_method", "interference", b"interference", "layers", b"layers", "leak", b"leak", "parity", b"parity", "settings", b"settings", "shared_bytes", b"shared_bytes", "stage_seconds", b"stage_seconds", "tasks_left", b"tasks_left", "temperature", b"temperature", "training_accuracy", b"training_accuracy", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__held_out_accuracy: _TypeAlias = _typing.Literal["held_out_accuracy"]  # noqa: Y015
     _WhichOneofArgType__held_out_accuracy: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy"]  # noqa: Y015
     _WhichOneofReturnType__held_out_accuracy_task_known: _TypeAlias = _typing.Literal["held_out_accuracy_task_known"]  # noqa: Y015
     _WhichOneofArgType__held_out_accuracy_task_known: _TypeAlias = _typing.Literal["_held_out_accuracy_task_known", b"_held_out_accuracy_task_known"]  # noqa: Y015
+    _WhichOneofReturnType__tasks_left: _TypeAlias = _typing.Literal["tasks_left"]  # noqa: Y015
+    _WhichOneofArgType__tasks_left: _TypeAlias = _typing.Literal["_tasks_left", b"_tasks_left"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out_accuracy) -> _WhichOneofReturnType__held_out_accuracy | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out_accuracy_task_known) -> _WhichOneofReturnType__held_out_accuracy_task_known | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tasks_left) -> _WhichOneofReturnType__tasks_left | None: ...
 
 Global___TaskReport: _TypeAlias = TaskReport  # noqa: Y015
 

@@ -1,0 +1,210 @@
+"""The training of one task: A_t by gradient descent against heads that know each other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inflora_core.adapters import AdaptedQKV
+from inflora_core.backbone import Backbone
+from inflora_core.config import LearnConfig
+from inflora_core.errors import InvalidInputError
+from inflora_core.model import Array
+from inflora_core.progress import Tracker
+
+PATIENCE = 3
+"""Epochs without a lower loss on the held-out images after which training ends."""
+
+FEWEST_TO_STOP = 20
+"""Held-out images that it takes to say so."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images on the device: ``pixels`` (n, S, S', 3) uint8 and ``labels`` (n,) int64."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.labels)
+
+    def at(self, index: Tensor) -> Images:
+        """Return the images at ``index`` (m,)."""
+        return Images(self.pixels[index], self.labels[index])
+
+    def with_upside_down(self, label: int) -> Images:
+        """Return these and a copy of each, turned by half, as images of class ``label``."""
+        return Images(
+            torch.cat([self.pixels, self.pixels.flip(1, 2)]),
+            torch.cat([self.labels, torch.full_like(self.labels, label)]),
+        )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What A_t is trained against.
+
+    Attributes:
+        head: e to classes; fixed, or trained with A_t.
+        images: To train on; labels are rows of ``head``.
+        held_out: To notice when to stop; the same labels.
+    """
+
+    head: nn.Linear
+    images: Images
+    held_out: Images
+
+
+def split(
+    pixels: Array, labels: Array, share: float, seed: int, device: torch.device
+) -> tuple[Images, Images]:
+    """Return the images to train on and those held out: ``share`` of each class, rounded down."""
+    generator = np.random.default_rng(seed)
+    held_out = np.zeros(len(labels), bool)
+    for label in dict.fromkeys(labels.tolist()):
+        members = np.flatnonzero(labels == label)
+        held_out[generator.permutation(members)[: int(share * len(members))]] = True
+    sides = []
+    for mask in (~held_out, held_out):
+        sides.append(
+            Images(
+                torch.from_numpy(pixels[mask]).to(device),
+                torch.from_numpy(labels[mask]).to(device),
+            )
+        )
+    return sides[0], sides[1]
+
+
+def random_head(embedding_size: int, classes: int, seed: int) -> nn.Linear:
+    """Return a head with random weights as ``nn.Linear`` draws them, as the published code does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(embedding_size, classes)
+
+
+def fixed_head(weight: Array, bias: Array) -> nn.Linear:
+    """Return a head (classes, e) that training leaves as it is."""
+    # Without the random numbers that would be drawn only to be written over.
+    head: nn.Linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight))
+        head.bias.copy_(torch.from_numpy(bias))
+    head.requires_grad_(False)
+    return head
+
+
+def train_expansions(
+    backbone: Backbone,
+    branches: Mapping[str, AdaptedQKV],
+    lesson: Lesson,
+    config: LearnConfig,
+    tracker: Tracker,
+) -> None:
+    """Train every A_t, and the head unless it is fixed, by cross-entropy (section 4.1).
+
+    Raises:
+        InvalidInputError: the loss became NaN or infinite.
+    """
+    head, images, held_out = lesson.head, lesson.images, lesson.held_out
+    parameters = [branch.expansion for branch in branches.values()]
+    parameters += [part for part in head.parameters() if part.requires_grad]
+    if not parameters:
+        return
+    optimizer = torch.optim.Adam(parameters)
+    generator = torch.Generator().manual_seed(config.seed)
+    steps = math.ceil(len(images) / config.batch_size)
+    watch = Watch(on=config.epochs is None and len(held_out) >= FEWEST_TO_STOP)
+    for epoch in range(tracker.epochs):
+        tracker.losses.append([])
+        order = torch.arange(len(images))
+        if config.shuffle:
+            order = torch.randperm(len(images), generator=generator)
+        for step, index in enumerate(order.split(config.batch_size)):
+            batch = images.at(index.to(images.labels.device))
+            pixels = augment(batch.pixels, config.augmentation, generator)
+            loss = F.cross_entropy(head(backbone.module(backbone.normalise(pixels))), batch.labels)
+            if not loss.isfinite():
+                raise InvalidInputError(
+                    f"training diverged in epoch {epoch + 1}: the loss is {loss.item()}. "
+                    "Choose a lower learning rate.",
+                    field="learning_rate",
+                )
+            done = (epoch + step / steps) / tracker.epochs
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(config, epoch, tracker.epochs, done)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            tracker.losses[-1].append(loss.item())
+            tracker.step((epoch + (step + 1) / steps) / tracker.epochs)
+        if watch.on and watch.over(held_out_loss(backbone, head, held_out, config), parameters):
+            break
+    watch.restore(parameters)
+
+
+@dataclass
+class Watch:
+    """Notices when the held-out images stop getting better, and keeps the best parameters."""
+
+    on: bool
+    lowest: float = math.inf
+    since: int = 0
+    best: list[Tensor] | None = None
+
+    def over(self, loss: float, parameters: list[nn.Parameter]) -> bool:
+        """Take note of an epoch's held-out loss; return whether to stop."""
+        if loss < self.lowest:
+            self.lowest, self.since = loss, 0
+            self.best = [copy.deepcopy(part.detach()) for part in parameters]
+        else:
+            self.since += 1
+        return self.since >= PATIENCE
+
+    def restore(self, parameters: list[nn.Parameter]) -> None:
+        """Go back to the best epoch."""
+        with torch.no_grad():
+            for part, best in zip(parameters, self.best or [], strict=False):
+                part.copy_(best)
+
+
+@torch.inference_mode()
+def held_out_loss(
+    backbone: Backbone, head: nn.Linear, images: Images, config: LearnConfig
+) -> float:
+    """Return the mean cross-entropy of ``images``."""
+    losses = []
+    for start in range(0, len(images), config.batch_size):
+        pixels = images.pixels[start : start + config.batch_size]
+        labels = images.labels[start : start + config.batch_size]
+        logits = head(backbone.module(backbone.normalise(pixels)))
+        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+    return float(torch.stack(losses).sum()) / len(images)
+
+
+def learning_rate_at(config: LearnConfig, epoch: int, epochs: int, done: float) -> float:
+    """Return the learning rate in ``epoch`` (from 0) of ``epochs``, a share ``done`` of all of it.
+
+    "published" lags one epoch behind the cosine that its authors wrote down: the base rate is used
+    for two epochs, and the smallest never.
+    """
+    if config.schedule == "published":
+        angle = 99 * math.pi * max(epoch - 1, 0) / (200 * max(epochs - 1, 1))
+        return config.learning_rate * math.cos(angle)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def augment(pixels: Tensor, augmentation: str, generator: torch.Generator) -> Tensor:
+    """Return training images (n, S, S', 3) uint8 after random changes."""
+    if augmentation == "none":
+        return pixels
+    mirrored = torch.rand(len(pixels), generator=generator) < 0.5
+    return torch.where(mirrored.to(pixels.device)[:, None, None, None], pixels.flip(2), pixels)
