@@ -181,7 +181,7 @@ class Evaluation:
         confusions: The most frequent errors, most frequent first.
         calibration: How far probabilities can be believed; None without images.
         novelty: How well unknown images are told from known ones.
-        unknown: The labels that the version does not know, in the order of their arrival.
+        unknown_labels: The labels that the version does not know, in the order of their arrival.
     """
 
     images: int
@@ -194,7 +194,7 @@ class Evaluation:
     confusions: tuple[Confusion, ...]
     calibration: Calibration | None
     novelty: NoveltyFigures
-    unknown: tuple[UnknownLabel, ...]
+    unknown_labels: tuple[UnknownLabel, ...]
 
 
 def positions_by_label(classes: Iterable[ClassEntry]) -> dict[str, int]:
@@ -381,7 +381,7 @@ class Tally:
             confusions=tuple(errors[:confusions]),
             calibration=_calibration(known, right) if len(known) else None,
             novelty=_novelty_figures(known["novelty"], np.concatenate(self._unknown_novelty)),
-            unknown=tuple(UnknownLabel(*item) for item in self._unknown.items()),
+            unknown_labels=tuple(UnknownLabel(*item) for item in self._unknown.items()),
         )
 
     def _errors(self, known: NDArray[np.void]) -> list[Confusion]:

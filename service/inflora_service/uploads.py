@@ -63,11 +63,14 @@ class Intake:
 
     Args:
         limits: What is refused.
+
+    Attributes:
+        count: Examples so far.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._count = 0
+        self.count = 0
         self._size = 0
 
     def take(self, examples: Sequence[Example]) -> int:
@@ -79,10 +82,10 @@ class Intake:
         """
         if not examples:
             raise InvalidInputError("a batch holds at least one example", field="examples")
-        start = self._count
-        self._count += len(examples)
+        start = self.count
+        self.count += len(examples)
         self._size += sum(len(example.image) for example in examples)
-        if self._count > self._limits.task_images:
+        if self.count > self._limits.task_images:
             raise LimitExceededError(
                 f"an upload has at most {self._limits.task_images} images", field="examples"
             )
@@ -95,9 +98,9 @@ class Intake:
 
     def check_count(self, count: int) -> None:
         """Raise ``InvalidInputError`` unless ``count`` examples have arrived."""
-        if count != self._count:
+        if count != self.count:
             raise InvalidInputError(
-                f"{count} examples were announced, {self._count} arrived", field="end.example_count"
+                f"{count} examples were announced, {self.count} arrived", field="end.example_count"
             )
 
 

@@ -268,7 +268,7 @@ def test_what_is_unknown_is_counted_apart(case: Case) -> None:
     found = case.evaluation([])
     labels = {entry.label for entry in case.classes}
     strangers = [label for label in case.labels if label not in labels]
-    assert [(u.label, u.images) for u in found.unknown] == list(Counter(strangers).items())
+    assert [(u.label, u.images) for u in found.unknown_labels] == list(Counter(strangers).items())
     is_known = np.array([label in labels for label in case.labels], bool)
     old, new = case.novelty[is_known].astype(float), case.novelty[~is_known].astype(float)
     assert found.novelty.auroc == auroc(old, new)

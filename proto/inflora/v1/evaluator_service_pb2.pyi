@@ -156,7 +156,7 @@ class Evaluation(_message.Message):
 
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskEvaluation]:
-        """Their tasks, in the order they were learned."""
+        """Their tasks, in the order of their first classes."""
 
     @_builtins.property
     def confusions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Confusion]:
