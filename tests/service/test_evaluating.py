@@ -342,8 +342,20 @@ async def test_predictions_do_not_wait_for_evaluations(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = [(png(GREEN), "green")] * (BATCH + 1)
+    host, asked, all_asked = running.server.host, 0, asyncio.Event()
+    in_bulk = host.in_bulk
+
+    async def counted(work: Callable[[], Any]) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 4:
+            all_asked.set()
+        return await in_bulk(work)
+
+    monkeypatch.setattr(host, "in_bulk", counted)
     with gate(monkeypatch) as held:
         calls = [asyncio.create_task(evaluate(running, examples)) for _ in range(4)]
+        await all_asked.wait()
         assert await asyncio.to_thread(held.arrived.wait, 60)
         for _ in range(3):
             answers = await predicted(running, examples[:1])
