@@ -24,8 +24,8 @@ from inflora_client import (
     Version,
 )
 
-WORST_CLASSES = 10
-"""Rows of the table of classes: a person looks for those that went wrong."""
+LISTED_CLASSES = 10
+"""Classes that a table of an evaluation shows: a person looks for those that went wrong."""
 
 
 def short(name: str) -> str:
@@ -168,7 +168,7 @@ def summary_table(task: Task) -> Table:
 
 def evaluation_view(evaluation: Evaluation) -> RenderableType:
     """Several tables: overall, tasks, the worst classes, the most frequent errors, unknown."""
-    worst = sorted(evaluation.classes, key=lambda c: (c.accuracy, -c.images))[:WORST_CLASSES]
+    worst = sorted(evaluation.classes, key=lambda c: (c.accuracy, -c.images))[:LISTED_CLASSES]
     parts = [
         _overall_table(evaluation),
         _table(
@@ -195,10 +195,7 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
             ("class", "taken for", "images", "share of the class"),
             ((c.truth, c.answer, c.images, _percent(c.share)) for c in evaluation.confusions),
         ),
-        _table(
-            ("not known to the version", "images"),
-            ((u.label, u.images) for u in evaluation.unknown_labels),
-        ),
+        _unknown_table(evaluation),
     ]
     shown = [part for part in parts if part.row_count]
     spaced = [part for table in shown for part in (Text(), table)]
@@ -225,6 +222,14 @@ def _overall_table(evaluation: Evaluation) -> Table:
     if novelty.auroc is not None:
         rows.append(("told by novelty (AUROC)", f"{novelty.auroc:.4f}"))
     return _table(("", ""), rows, header=False)
+
+
+def _unknown_table(evaluation: Evaluation) -> Table:
+    most = sorted(evaluation.unknown_labels, key=lambda u: -u.images)
+    rows: list[Sequence[object]] = [(u.label, u.images) for u in most[:LISTED_CLASSES]]
+    if rest := most[LISTED_CLASSES:]:
+        rows.append((f"... and {len(rest)} more", sum(u.images for u in rest)))
+    return _table(("not known to the version", "images"), rows)
 
 
 def _table(

@@ -11,7 +11,7 @@ import typer
 
 from inflora_client import Example, InvalidArgumentError
 from inflora_client.cli import render
-from inflora_client.cli.folder import CountedExamples, Folder, FolderError, read_folder
+from inflora_client.cli.folder import CountedExamples, FolderError, read_folder
 from inflora_client.cli.session import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_USAGE, fail, note
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ _EXAMPLE_FIELD = re.compile(r"examples\[(\d+)\]")
 def examples_of(folder: Path, classes: Sequence[str]) -> Sequence[Example]:
     """List the images of a folder's classes; end the command if it is no such folder."""
     try:
-        found: Folder = read_folder(folder, classes)
+        found = read_folder(folder, classes)
     except (FolderError, OSError) as error:
         fail(str(error), EXIT_USAGE)
     if found.left_out:
