@@ -31,6 +31,6 @@ class EvaluatorServicer(evaluator_service_pb2_grpc.EvaluatorServiceServicer):
             examination = await self._evaluator.begin(spec.version)
         await receiving.receive(request_iterator, examination, self._limits)
         evaluation = await examination.finish(spec.confusions)
-        # In a thread: ten thousand classes take a tenth of a second.
+        # In a thread: ten thousand classes take tenths of a second.
         encoded = await asyncio.to_thread(codec.encode_evaluation, evaluation, examination.version)
         return pb.EvaluateResponse(evaluation=encoded)
