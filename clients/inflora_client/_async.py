@@ -22,7 +22,7 @@ from inflora_client._names import TaskRef, VersionRef
 from inflora_client._resume import Resumable
 from inflora_client._sync import Client
 from inflora_client.errors import UnavailableError, error_of_call
-from inflora_client.resources import Download, PredictResult, Task, Version
+from inflora_client.resources import Download, Evaluation, PredictResult, Task, Version
 
 T = TypeVar("T")
 
@@ -31,9 +31,9 @@ class AsyncClient(ClientBase):
     """Talks to an InfLoRA server from asyncio.
 
     Has the methods of ``Client``, with the same arguments, results and errors, as coroutines and
-    asynchronous iterators. Belongs to the event loop it is first used in. ``learn`` and
-    ``predict_stream`` each use a thread and a connection of their own, where they also iterate over
-    what they send, unless that is an asynchronous iterable.
+    asynchronous iterators. Belongs to the event loop it is first used in. ``learn``, ``evaluate``
+    and ``predict_stream`` each use a thread and a connection of their own, where they also iterate
+    over what they send, unless that is an asynchronous iterable.
     """
 
     async def __aenter__(self) -> Self:
@@ -108,6 +108,17 @@ class AsyncClient(ClientBase):
             async with aclosing(results):
                 async for result in results:
                     yield result
+
+    async def evaluate(
+        self,
+        examples: upload.AnyExamples,
+        version: VersionRef | None = None,
+        confusions: int = 20,
+    ) -> Evaluation:
+        """As ``Client.evaluate``; the examples may come from an asynchronous iterable, too."""
+        async with self._bridge() as bridge:
+            source = bridge.source(examples)
+            return await bridge.run(lambda client: client.evaluate(source, version, confusions))
 
     def versions(self) -> AsyncIterator[Version]:
         """As ``Client.versions``."""

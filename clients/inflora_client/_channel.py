@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from inflora.v1.evaluator_service_pb2_grpc import EvaluatorServiceStub
 from inflora.v1.learner_service_pb2_grpc import LearnerServiceStub
 from inflora.v1.model_service_pb2_grpc import ModelServiceStub
 from inflora.v1.predictor_service_pb2_grpc import PredictorServiceStub
@@ -21,7 +22,8 @@ class RetryPolicy:
     """How long to go on while the server is UNAVAILABLE.
 
     Unary calls are retried by gRPC itself, through the channel's service config. A broken
-    ``watch`` or ``download`` goes on where it was, and ``learn`` uploads again where it can.
+    ``watch`` or ``download`` goes on where it was; ``learn`` and ``evaluate`` upload again where
+    they can.
 
     Attributes:
         max_attempts: Attempts in all, 1 (no retry) to 5.
@@ -68,6 +70,7 @@ class Rpc:
 
 _LEARNER = "inflora.v1.LearnerService"
 _PREDICTOR = "inflora.v1.PredictorService"
+_EVALUATOR = "inflora.v1.EvaluatorService"
 _MODEL = "inflora.v1.ModelService"
 
 LEARN_TASK = Rpc(_LEARNER, "LearnTask")
@@ -77,6 +80,7 @@ LIST_TASKS = Rpc(_LEARNER, "ListTasks")
 CANCEL_TASK = Rpc(_LEARNER, "CancelTask")
 PREDICT = Rpc(_PREDICTOR, "Predict")
 PREDICT_STREAM = Rpc(_PREDICTOR, "PredictStream")
+EVALUATE = Rpc(_EVALUATOR, "Evaluate")
 LIST_VERSIONS = Rpc(_MODEL, "ListVersions")
 GET_VERSION = Rpc(_MODEL, "GetVersion")
 PROMOTE_VERSION = Rpc(_MODEL, "PromoteVersion")
@@ -97,6 +101,7 @@ _RETRIED_BY_GRPC = (
 _STUBS: dict[str, Callable[[Any], Any]] = {
     _LEARNER: LearnerServiceStub,
     _PREDICTOR: PredictorServiceStub,
+    _EVALUATOR: EvaluatorServiceStub,
     _MODEL: ModelServiceStub,
 }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from inflora.v1 import model_service_pb2, predictor_service_pb2, task_pb2
+from inflora.v1 import evaluator_service_pb2, model_service_pb2, predictor_service_pb2, task_pb2
 from inflora_client import resources
 from inflora_client.errors import failure_of
 
@@ -131,4 +131,40 @@ def predict_result(message: predictor_service_pb2.PredictResponse) -> resources.
             )
             for p in message.predictions
         ),
+    )
+
+
+def evaluation(message: evaluator_service_pb2.Evaluation) -> resources.Evaluation:
+    """Parse what was measured."""
+    calibration = message.calibration if message.HasField("calibration") else None
+    return resources.Evaluation(
+        version=message.version,
+        images=message.images,
+        unknown_images=message.unknown_images,
+        accuracy=_optional(message, "accuracy"),
+        accuracy_task_known=_optional(message, "accuracy_task_known"),
+        mean_class_accuracy=_optional(message, "mean_class_accuracy"),
+        classes=tuple(_flat(resources.ClassEvaluation, c) for c in message.classes),
+        tasks=tuple(_flat(resources.TaskEvaluation, t) for t in message.tasks),
+        confusions=tuple(_flat(resources.Confusion, c) for c in message.confusions),
+        calibration=_calibration(calibration) if calibration else None,
+        novelty=resources.NoveltyEvaluation(
+            auroc=_optional(message.novelty, "auroc"),
+            shares=tuple(
+                resources.NoveltyShare(
+                    share.threshold, _optional(share, "known"), _optional(share, "unknown")
+                )
+                for share in message.novelty.shares
+            ),
+        ),
+        unknown_labels=tuple(_flat(resources.UnknownLabel, u) for u in message.unknown_labels),
+    )
+
+
+def _calibration(message: evaluator_service_pb2.Calibration) -> resources.Calibration:
+    return resources.Calibration(
+        expected_error=message.expected_error,
+        bins=tuple(_flat(resources.CalibrationBin, b) for b in message.bins),
+        negative_log_likelihood=message.negative_log_likelihood,
+        brier=message.brier,
     )

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
-from inflora.v1 import learner_service_pb2
 from inflora_client import _calls as calls
 from inflora_client import _channel as channel
 from inflora_client import _parse as parse
@@ -21,7 +21,7 @@ from inflora_client._images import ImageSource, read_image
 from inflora_client._names import TaskRef, VersionRef
 from inflora_client._resume import Backoff, Resumable
 from inflora_client.errors import UnavailableError, error_of_call
-from inflora_client.resources import Download, PredictResult, Task, Version
+from inflora_client.resources import Download, Evaluation, PredictResult, Task, Version
 
 T = TypeVar("T")
 
@@ -67,15 +67,7 @@ class Client(ClientBase):
             StatusError: The server refused the task; nothing is kept of it.
             OSError: An image cannot be read.
         """
-        spec = upload.task_spec(self._names, options)
-        backoff = Backoff(self._retry)
-        while True:
-            try:
-                return self._upload(upload.messages(spec, examples))
-            except UnavailableError as error:
-                if not upload.repeatable(examples):
-                    raise
-                time.sleep(backoff.delay_after(error))
+        return self._upload(upload.learn(self._names, options), examples)
 
     def watch(self, task: TaskRef) -> Iterator[Task]:
         """Yield the task as it is, then again whenever it changes, until it has ended."""
@@ -145,6 +137,30 @@ class Client(ClientBase):
         for response in self._stream(channel.PREDICT_STREAM, outgoing):
             yield parse.predict_result(response.response)
         outgoing.raise_error()
+
+    def evaluate(
+        self,
+        examples: upload.Examples,
+        version: VersionRef | None = None,
+        confusions: int = 20,
+    ) -> Evaluation:
+        """Measure a version on labelled images; the server keeps nothing of them.
+
+        Images of classes that the version does not know are counted apart, and show how well
+        ``novelty`` finds them. Uploaded as ``learn`` does: images given as paths are read one by
+        one, and a sequence is uploaded again if the server becomes unavailable.
+
+        Args:
+            examples: Labelled images, as ``Example`` or ``(image, label)``.
+            version: The version to measure; None or ``"current"`` for the one that is current at
+                the beginning.
+            confusions: Kinds of errors to return at most, 1 to 10000.
+
+        Raises:
+            StatusError: The server refused an image, or has no such version.
+            OSError: An image cannot be read.
+        """
+        return self._upload(upload.evaluate(self._names, version, confusions), examples)
 
     def versions(self) -> Iterator[Version]:
         """Yield all versions, newest first."""
@@ -231,18 +247,27 @@ class Client(ClientBase):
         for _ in self._resume(stream):
             pass
 
-    def _upload(self, messages: Iterable[learner_service_pb2.LearnTaskRequest]) -> Task:
+    def _upload(self, what: upload.Upload[T], examples: upload.Examples) -> T:
+        backoff = Backoff(self._retry)
+        while True:
+            try:
+                return what.parse(self._upload_once(what.rpc, what.messages(examples)))
+            except UnavailableError as error:
+                if not upload.repeatable(examples):
+                    raise
+                time.sleep(backoff.delay_after(error))
+
+    def _upload_once(self, rpc: channel.Rpc, messages: Iterable[Message]) -> Any:
         # After an error on this side the upload has no end, and the server keeps nothing of it.
         outgoing = _Outgoing(messages)
-        call = self._stubs[channel.LEARN_TASK].future(outgoing, wait_for_ready=self._wait_for_ready)
+        call = self._stubs[rpc].future(outgoing, wait_for_ready=self._wait_for_ready)
         try:
-            response = call.result()
+            return call.result()
         except grpc.RpcError as error:
             outgoing.raise_error()
             raise error_of_call(error) from error
         finally:
             call.cancel()  # for KeyboardInterrupt; without effect on a call that has ended
-        return parse.task(response.task)
 
 
 class _Outgoing(Generic[T]):

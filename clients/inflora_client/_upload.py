@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import unicodedata
 import uuid
-from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
-from typing import TypedDict
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypedDict, TypeVar
 
-from inflora.v1 import learner_service_pb2, task_pb2
+from google.protobuf.message import Message
+
+from inflora.v1 import evaluator_service_pb2, learner_service_pb2, task_pb2
+from inflora_client import _channel as channel
+from inflora_client import _parse as parse
 from inflora_client._images import ImageSource, read_image
-from inflora_client._names import Names
+from inflora_client._names import Names, VersionRef
+from inflora_client.resources import Evaluation, Task
+
+T = TypeVar("T")
 
 _BATCH_BYTES = 512 * 1024  # gRPC streams best with messages of 256 KiB to 1 MiB
 
@@ -43,11 +51,52 @@ class LearnOptions(TypedDict, total=False):
     held_out_share: float | None
 
 
-def task_spec(names: Names, options: LearnOptions) -> task_pb2.TaskSpec:
-    """Return the spec, with a random request id where the caller gave none."""
+@dataclass(frozen=True, slots=True)
+class Upload(Generic[T]):
+    """All of an upload but the examples.
+
+    Attributes:
+        rpc: The method.
+        request: Type of its requests, whose fields are ``spec``, ``examples`` and ``end``.
+        spec: What goes first.
+        parse: Turns the response into what the caller gets.
+    """
+
+    rpc: channel.Rpc
+    request: Callable[..., Message]
+    spec: Message
+    parse: Callable[[Any], T]
+
+    def messages(self, examples: Examples) -> Iterator[Message]:
+        """Yield the messages, reading images as they are needed."""
+        batcher, count = Batcher(), 0
+        yield self.request(spec=self.spec)
+        for image, label in examples:
+            for batch in batcher.add(read_image(image), label):
+                yield self.request(examples=batch)
+            count += 1
+        for batch in batcher.flush():
+            yield self.request(examples=batch)
+        yield self.request(end=learner_service_pb2.UploadEnd(example_count=count))
+
+
+def learn(names: Names, options: LearnOptions) -> Upload[Task]:
+    """LearnTask, with a random request id where the caller gave none."""
     spec = task_pb2.TaskSpec(parent=names.model, **options)
     spec.request_id = spec.request_id or str(uuid.uuid4())
-    return spec
+    request = learner_service_pb2.LearnTaskRequest
+    return Upload(channel.LEARN_TASK, request, spec, lambda r: parse.task(r.task))
+
+
+def evaluate(names: Names, version: VersionRef | None, confusions: int) -> Upload[Evaluation]:
+    """Evaluate."""
+    spec = evaluator_service_pb2.EvaluationSpec(
+        model=names.model,
+        version="" if version is None else names.version(version),
+        confusions=confusions,
+    )
+    request = evaluator_service_pb2.EvaluateRequest
+    return Upload(channel.EVALUATE, request, spec, lambda r: parse.evaluation(r.evaluation))
 
 
 def repeatable(examples: AnyExamples) -> bool:
@@ -55,32 +104,18 @@ def repeatable(examples: AnyExamples) -> bool:
     return isinstance(examples, Sequence)
 
 
-def messages(
-    spec: task_pb2.TaskSpec, examples: Examples
-) -> Iterator[learner_service_pb2.LearnTaskRequest]:
-    """Yield the messages of an upload, reading images as they are needed."""
-    batcher, count = Batcher(), 0
-    yield learner_service_pb2.LearnTaskRequest(spec=spec)
-    for image, label in examples:
-        yield from batcher.add(read_image(image), label)
-        count += 1
-    yield from batcher.flush()
-    end = learner_service_pb2.UploadEnd(example_count=count)
-    yield learner_service_pb2.LearnTaskRequest(end=end)
-
-
 class Batcher:
-    """Collects examples into messages of about 512 KiB.
+    """Collects examples into batches of about 512 KiB.
 
-    A larger image goes into a message of its own.
+    A larger image goes into a batch of its own.
     """
 
     def __init__(self) -> None:
         self._pending: list[task_pb2.Example] = []
         self._pending_bytes = 0
 
-    def add(self, image: bytes, label: str) -> Iterator[learner_service_pb2.LearnTaskRequest]:
-        """Take one example in; yield the message that became full by it, if one did."""
+    def add(self, image: bytes, label: str) -> Iterator[task_pb2.ExampleBatch]:
+        """Take one example in; yield the batch that became full by it, if one did."""
         example = task_pb2.Example(image=image, label=unicodedata.normalize("NFC", label))
         size = example.ByteSize()
         if self._pending_bytes + size > _BATCH_BYTES:
@@ -88,9 +123,8 @@ class Batcher:
         self._pending.append(example)
         self._pending_bytes += size
 
-    def flush(self) -> Iterator[learner_service_pb2.LearnTaskRequest]:
+    def flush(self) -> Iterator[task_pb2.ExampleBatch]:
         """Yield what is left, if anything is."""
         if self._pending:
-            batch = task_pb2.ExampleBatch(examples=self._pending)
-            yield learner_service_pb2.LearnTaskRequest(examples=batch)
+            yield task_pb2.ExampleBatch(examples=self._pending)
         self._pending, self._pending_bytes = [], 0

@@ -363,6 +363,169 @@ class PredictResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassEvaluation:
+    """How one class fared.
+
+    Attributes:
+        label: The class.
+        task: The task that taught it.
+        images: Images of it, at least 1.
+        accuracy: Share of them that were answered with it, 0 to 1.
+        mean_probability: Mean probability that they were given of being of this class, 0 to 1.
+        confused_with: What wrong answers were most often; empty if there was none.
+        confused_images: How often that was.
+    """
+
+    label: str
+    task: str
+    images: int
+    accuracy: float
+    mean_probability: float
+    confused_with: str
+    confused_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvaluation:
+    """How the classes of one task fared.
+
+    Attributes:
+        task: The task.
+        images: Images of its classes, at least 1.
+        accuracy: Share of right answers, all classes competing, 0 to 1.
+        accuracy_task_known: The same when only the task's own classes compete.
+    """
+
+    task: str
+    images: int
+    accuracy: float
+    accuracy_task_known: float
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """One kind of error.
+
+    Attributes:
+        truth: The class of the images.
+        answer: The class that was answered.
+        images: How often.
+        share: Of the images of ``truth``, 0 to 1.
+    """
+
+    truth: str
+    answer: str
+    images: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationBin:
+    """The answers of similar confidence: above ``lower``, at most ``upper``.
+
+    Attributes:
+        lower: Lower bound of the confidence; itself in the bin only if it is 0.
+        upper: Upper bound, itself in the bin.
+        images: Images, at least 1.
+        mean_confidence: Their mean confidence.
+        accuracy: Share of them that were answered right, 0 to 1.
+    """
+
+    lower: float
+    upper: float
+    images: int
+    mean_confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How far probabilities can be believed.
+
+    Attributes:
+        expected_error: Expected calibration error over 15 bins, 0 (calibrated) to 1.
+        bins: The bins it was computed from; empty ones are left out.
+        negative_log_likelihood: Mean of -ln(probability of the truth).
+        brier: Mean over images of the sum over classes of (probability - truth)^2, 0 to 2.
+    """
+
+    expected_error: float
+    bins: tuple[CalibrationBin, ...]
+    negative_log_likelihood: float
+    brier: float
+
+
+@dataclass(frozen=True, slots=True)
+class NoveltyShare:
+    """How many images have a novelty above a threshold.
+
+    Attributes:
+        threshold: The threshold.
+        known: Share of the images of known classes, 0 to 1; None if there are none.
+        unknown: Share of the images of unknown classes; None if there are none.
+    """
+
+    threshold: float
+    known: float | None
+    unknown: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class NoveltyEvaluation:
+    """How well novelty tells images of unknown classes from those of known ones.
+
+    Attributes:
+        auroc: Probability that an image of an unknown class has the higher novelty of two, 0 to 1;
+            None unless there are images of both kinds.
+        shares: How many images are above some thresholds.
+    """
+
+    auroc: float | None
+    shares: tuple[NoveltyShare, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownLabel:
+    """A label that the version does not know, and how many images have it."""
+
+    label: str
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How good a version is. All but ``novelty`` is about images of classes that it knows.
+
+    Attributes:
+        version: The version, ``models/{model}/versions/{n}``.
+        images: Images of known classes.
+        unknown_images: Images of classes that the version does not know.
+        accuracy: Share of right answers, all classes competing, 0 to 1; None without images.
+        accuracy_task_known: The same when only the classes of the image's task compete.
+        mean_class_accuracy: Mean of the accuracies of the classes; None without images.
+        classes: The classes that have images, in the order of ``Version.classes``.
+        tasks: Their tasks, in the order of their first classes.
+        confusions: The most frequent errors, most frequent first.
+        calibration: How far probabilities can be believed; None without images.
+        novelty: How well novelty finds images of unknown classes.
+        unknown_labels: The labels that the version does not know.
+    """
+
+    version: str
+    images: int
+    unknown_images: int
+    accuracy: float | None
+    accuracy_task_known: float | None
+    mean_class_accuracy: float | None
+    classes: tuple[ClassEvaluation, ...]
+    tasks: tuple[TaskEvaluation, ...]
+    confusions: tuple[Confusion, ...]
+    calibration: Calibration | None
+    novelty: NoveltyEvaluation
+    unknown_labels: tuple[UnknownLabel, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Download:
     """A downloaded and verified file.
 

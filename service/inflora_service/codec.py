@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal, get_args
 
@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 
+from inflora.v1 import evaluator_service_pb2 as evaluator_pb
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2 as pb
@@ -20,6 +21,7 @@ from inflora_core.errors import (
     InvalidInputError,
     LimitExceededError,
 )
+from inflora_core.evaluation import Calibration, Evaluation
 from inflora_core.model import (
     Failure,
     FileEntry,
@@ -29,7 +31,12 @@ from inflora_core.model import (
     Version,
 )
 from inflora_service.errors import to_status
-from inflora_service.names import check_model, task_name, version_name
+from inflora_service.names import (
+    check_model,
+    parse_version_or_current,
+    task_name,
+    version_name,
+)
 from inflora_service.records import Snapshot
 from inflora_service.serving import Answer
 from inflora_service.uploads import Example, TaskRequest
@@ -44,6 +51,9 @@ _HELD_OUT = {
 
 MAX_DISPLAY_NAME = 200
 MAX_REQUEST_ID = 128
+
+MAX_CONFUSIONS = 10_000
+DEFAULT_CONFUSIONS = 20
 
 _SETTINGS: tuple[_Setting, ...] = get_args(_Setting)
 """What a spec may set: fields of ``TaskSpec`` and of ``LearnConfig`` alike."""
@@ -90,6 +100,36 @@ def decode_spec(spec: pb.TaskSpec, config: LearnConfig) -> TaskRequest:
     }
     config.updated(**settings)
     return TaskRequest(spec.display_name, spec.request_id, settings)
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What a client asks of an evaluation, checked.
+
+    Attributes:
+        version: Number of the version; None for the current one.
+        confusions: Kinds of errors to return at most.
+    """
+
+    version: int | None
+    confusions: int
+
+
+def decode_evaluation_spec(spec: evaluator_pb.EvaluationSpec) -> EvaluationRequest:
+    """Return what ``spec`` asks for.
+
+    Raises:
+        InvalidInputError: a field is not acceptable.
+        NotFoundError: there is no such model.
+    """
+    check_model(spec.model, field="model")
+    version = parse_version_or_current(spec.version, field="version") if spec.version else None
+    if not 0 <= spec.confusions <= MAX_CONFUSIONS:
+        raise InvalidInputError(
+            f"it is {spec.confusions}, but 0 (for {DEFAULT_CONFUSIONS}) to {MAX_CONFUSIONS}",
+            field="confusions",
+        )
+    return EvaluationRequest(version, spec.confusions or DEFAULT_CONFUSIONS)
 
 
 def decode_examples(batch: pb.ExampleBatch) -> list[Example]:
@@ -180,6 +220,50 @@ def encode_answer(answer: Answer) -> predictor_pb.PredictResponse:
             for scores, novelty in zip(answer.scores, answer.novelty, strict=True)
         ],
         version=version_name(answer.version),
+    )
+
+
+def encode_evaluation(evaluation: Evaluation, version: int) -> evaluator_pb.Evaluation:
+    """Return figures as clients see them.
+
+    Args:
+        evaluation: The figures.
+        version: Number of the version that was measured.
+    """
+    calibration, novelty = evaluation.calibration, evaluation.novelty
+    return evaluator_pb.Evaluation(
+        version=version_name(version),
+        images=evaluation.images,
+        unknown_images=evaluation.unknown_images,
+        accuracy=evaluation.accuracy,
+        accuracy_task_known=evaluation.accuracy_task_known,
+        mean_class_accuracy=evaluation.mean_class_accuracy,
+        classes=[
+            evaluator_pb.ClassEvaluation(**asdict(part) | {"task": task_name(part.task)})
+            for part in evaluation.classes
+        ],
+        tasks=[
+            evaluator_pb.TaskEvaluation(**asdict(part) | {"task": task_name(part.task)})
+            for part in evaluation.tasks
+        ],
+        confusions=[evaluator_pb.Confusion(**asdict(part)) for part in evaluation.confusions],
+        calibration=_calibration(calibration) if calibration else None,
+        novelty=evaluator_pb.NoveltyEvaluation(
+            auroc=novelty.auroc,
+            shares=[evaluator_pb.NoveltyShare(**asdict(share)) for share in novelty.shares],
+        ),
+        unknown_labels=[
+            evaluator_pb.UnknownLabel(**asdict(part)) for part in evaluation.unknown_labels
+        ],
+    )
+
+
+def _calibration(calibration: Calibration) -> evaluator_pb.Calibration:
+    return evaluator_pb.Calibration(
+        expected_error=calibration.expected_error,
+        bins=[evaluator_pb.CalibrationBin(**asdict(part)) for part in calibration.bins],
+        negative_log_likelihood=calibration.negative_log_likelihood,
+        brier=calibration.brier,
     )
 
 

@@ -8,8 +8,7 @@ from contextlib import aclosing
 from inflora.v1 import learner_service_pb2 as pb
 from inflora.v1 import learner_service_pb2_grpc
 from inflora_core.config import LearnConfig, Limits
-from inflora_core.errors import InvalidInputError
-from inflora_service import codec, names
+from inflora_service import codec, names, receiving
 from inflora_service.errors import Context, fields_under
 from inflora_service.tasks import TaskQueue
 
@@ -26,30 +25,11 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         self, request_iterator: AsyncIterator[pb.LearnTaskRequest], context: Context
     ) -> pb.LearnTaskResponse:
         """Take an upload, and answer once it is a task."""
-        first = await anext(request_iterator, None)
-        if first is None or not first.HasField("spec"):
-            raise InvalidInputError("the first message must hold the spec", field="spec")
+        first = await receiving.first_message(request_iterator)
         with fields_under("spec."):
             request = codec.decode_spec(first.spec, self._config)
         async with await self._tasks.upload(request) as upload:
-            ended = False
-            async for message in request_iterator:
-                if ended:
-                    raise InvalidInputError("nothing may follow the end", field="payload")
-                codec.check_size(message, self._limits, field="examples")
-                match message.WhichOneof("payload"):
-                    case "examples":
-                        await upload.add(codec.decode_examples(message.examples))
-                    case "end":
-                        upload.check_count(message.end.example_count)
-                        ended = True
-                    case "spec":
-                        raise InvalidInputError("only the first message holds a spec", field="spec")
-                    case _:
-                        raise InvalidInputError("the message is empty", field="payload")
-            if not ended:
-                # A client that vanished can look like one that closed its side of the stream.
-                raise InvalidInputError("the upload broke off: it has no end", field="end")
+            await receiving.receive(request_iterator, upload, self._limits)
             task = await self._tasks.accept(upload)
         return pb.LearnTaskResponse(task=codec.encode_task(await self._tasks.get(task.id)))
 

@@ -19,6 +19,8 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from inflora.v1 import (
+    evaluator_service_pb2,
+    evaluator_service_pb2_grpc,
     learner_service_pb2,
     learner_service_pb2_grpc,
     model_service_pb2,
@@ -34,6 +36,8 @@ from inflora_service import backbone_source
 from inflora_service.backbone_source import BackboneSource
 from inflora_service.codec import receive_bytes
 from inflora_service.errors import ErrorInterceptor
+from inflora_service.evaluating import Evaluator
+from inflora_service.evaluator_servicer import EvaluatorServicer
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
 from inflora_service.model_servicer import ModelServicer
@@ -48,6 +52,7 @@ log = logging.getLogger(__name__)
 SERVER = ""
 LEARNER = learner_service_pb2.DESCRIPTOR.services_by_name["LearnerService"].full_name
 PREDICTOR = predictor_service_pb2.DESCRIPTOR.services_by_name["PredictorService"].full_name
+EVALUATOR = evaluator_service_pb2.DESCRIPTOR.services_by_name["EvaluatorService"].full_name
 MODEL = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 """Names under which health is asked for; ``SERVER`` is the server as a whole."""
 
@@ -136,9 +141,11 @@ class Server:
 
         options = RuntimeOptions(settings.predict_threads, settings.provider)
         host = ModelHost(
-            store, options, settings.limits, on_serving=lambda: self._set_health(PREDICTOR, True)
+            store, options, settings.limits, on_serving=lambda: self._set_answering(True)
         )
         undo.callback(host.close)
+        evaluator = Evaluator(host, settings.limits)
+        undo.callback(evaluator.close)
         learner = LearnerProcess(
             self._worker_command(),
             keep_open=[lock.descriptor],
@@ -158,11 +165,11 @@ class Server:
             await asyncio.to_thread(self._check_backbone, store)
         for service in (SERVER, MODEL, LEARNER):
             self._set_health(service, True)
-        self._set_health(PREDICTOR, False)
+        self._set_answering(False)
         await host.start()
         await tasks.start()
         undo.push_async_callback(tasks.stop)
-        self._register(server, store, host, tasks)
+        self._register(server, store, host, tasks, evaluator)
         await server.start()
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
@@ -217,7 +224,12 @@ class Server:
         return BackboneSource.of(source, self._settings.architecture)
 
     def _register(
-        self, server: grpc.aio.Server, store: Store, host: ModelHost, tasks: TaskQueue
+        self,
+        server: grpc.aio.Server,
+        store: Store,
+        host: ModelHost,
+        tasks: TaskQueue,
+        evaluator: Evaluator,
     ) -> None:
         learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(
             LearnerServicer(tasks, self._settings.learn, self._settings.limits), server
@@ -225,12 +237,20 @@ class Server:
         predictor_service_pb2_grpc.add_PredictorServiceServicer_to_server(
             PredictorServicer(host, tasks, self._settings.limits), server
         )
+        evaluator_service_pb2_grpc.add_EvaluatorServiceServicer_to_server(
+            EvaluatorServicer(evaluator, self._settings.limits), server
+        )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(store, host), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (LEARNER, PREDICTOR, MODEL, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (LEARNER, PREDICTOR, EVALUATOR, MODEL, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
+
+    def _set_answering(self, answering: bool) -> None:
+        """Say whether there is a version that can answer."""
+        for service in (PREDICTOR, EVALUATOR):
+            self._set_health(service, answering)
 
     def _set_health(self, service: str, serving: bool) -> None:
         states = health_pb2.HealthCheckResponse

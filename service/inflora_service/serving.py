@@ -97,6 +97,7 @@ class ModelHost:
         self._loader = ThreadPoolExecutor(1, "version-load")
         self._decoders = ThreadPoolExecutor(processors(), "predict-decode")
         self._classifiers = ThreadPoolExecutor(_CLASSIFY_THREADS, "predict-classify")
+        self._bulk = asyncio.Lock()
 
     async def start(self) -> None:
         """Load the current version, if there is one.
@@ -211,7 +212,7 @@ class ModelHost:
             raise LimitExceededError(
                 f"a call has at most {self._limits.predict_images} images", field="images"
             )
-        loaded = await self._answering(version)
+        loaded = await self.answering(version)
         predictor = loaded.predictor
 
         def prepare(numbered: tuple[int, bytes]) -> Floats:
@@ -228,7 +229,14 @@ class ModelHost:
         (answer,) = await map_threads(self._classifiers, classify, [pixels])
         return answer
 
-    async def _answering(self, number: int | None) -> Loaded:
+    async def answering(self, number: int | None) -> Loaded:
+        """Return version ``number``, or the current one; it is usable as long as it is held.
+
+        Raises:
+            StateError: no version is published.
+            NotFoundError: there is no such version.
+            DamagedError: the version is damaged.
+        """
         if number is not None:
             return await self._get(number)
         if self._fault is not None:
@@ -236,6 +244,16 @@ class ModelHost:
         if self._current is None:
             raise StateError("no version is published yet: teach the model a task first")
         return self._current
+
+    async def in_bulk(self, work: Callable[[], T]) -> T:
+        """Run ``work``, the classification of a batch that can wait, beside the predictions.
+
+        One at a time, whoever asks: the other thread is always left to ``predict``. Cancelled, it
+        returns only when the work is done, for until then its thread is taken.
+        """
+        loop = asyncio.get_running_loop()
+        async with self._bulk:
+            return await unbroken(loop.run_in_executor(self._classifiers, work))
 
     async def _get(self, number: int) -> Loaded:
         """Return version ``number``, loaded now if it is not."""

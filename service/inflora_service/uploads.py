@@ -1,4 +1,4 @@
-"""One task on its way in: every example is checked as it arrives, and spooled to the disk."""
+"""Examples on their way in: each is checked as it arrives. Those of a task are spooled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from inflora_core.config import Limits
 from inflora_core.errors import InvalidInputError, LimitExceededError
@@ -44,6 +47,63 @@ class Example:
     label: str
 
 
+def decode_example(example: Example, index: int, limits: Limits) -> NDArray[np.uint8]:
+    """Return the pixels of an upload's example number ``index``.
+
+    Raises:
+        InvalidInputError: its label or image is not acceptable; its field is named.
+        LimitExceededError: its image is too large.
+    """
+    check_label(example.label, field=f"examples[{index}].label")
+    return decode(example.image, limits, field=f"examples[{index}].image")
+
+
+class Intake:
+    """How much of an upload has arrived.
+
+    Args:
+        limits: What is refused.
+
+    Attributes:
+        count: Examples so far.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.count = 0
+        self._size = 0
+
+    def take(self, examples: Sequence[Example]) -> int:
+        """Count a batch; return the number of its first example, from 0.
+
+        Raises:
+            InvalidInputError: the batch is empty.
+            LimitExceededError: all in all there are too many images, or they are too large.
+        """
+        if not examples:
+            raise InvalidInputError("a batch holds at least one example", field="examples")
+        start = self.count
+        self.count += len(examples)
+        self._size += sum(len(example.image) for example in examples)
+        if self.count > self._limits.task_images:
+            raise LimitExceededError(
+                f"an upload has at most {self._limits.task_images} images", field="examples"
+            )
+        if self._size > self._limits.task_bytes:
+            raise LimitExceededError(
+                f"an upload's images have at most {self._limits.task_bytes} bytes in all",
+                field="examples",
+            )
+        return start
+
+    def check_count(self, count: int) -> None:
+        """Raise ``InvalidInputError`` unless ``count`` examples have arrived."""
+        if count != self.count:
+            raise InvalidInputError(
+                f"{count} examples were announced, {self.count} arrived", field="end.example_count"
+            )
+
+
 class Upload:
     """Collects a task's examples; leave it unfinished and nothing of them is left.
 
@@ -73,8 +133,7 @@ class Upload:
         self._pool = pool
         self._check_label = check_label
         self._spool: SpoolWriter | None = None
-        self._count = 0
-        self._size = 0
+        self._intake = Intake(limits)
 
     @property
     def id(self) -> str:
@@ -103,12 +162,7 @@ class Upload:
             LimitExceededError: the task is over a limit.
             StateError: a class is known already.
         """
-        if not examples:
-            raise InvalidInputError("a batch holds at least one example", field="examples")
-        start = self._count
-        self._count += len(examples)
-        self._size += sum(len(example.image) for example in examples)
-        self._check_size()
+        start = self._intake.take(examples)
         slices = [
             (start + at, examples[at : at + _SLICE]) for at in range(0, len(examples), _SLICE)
         ]
@@ -120,10 +174,7 @@ class Upload:
 
     def check_count(self, count: int) -> None:
         """Raise ``InvalidInputError`` unless ``count`` examples have arrived."""
-        if count != self._count:
-            raise InvalidInputError(
-                f"{count} examples were announced, {self._count} arrived", field="end.example_count"
-            )
+        self._intake.check_count(count)
 
     def finish(self) -> SpoolSummary:
         """Flush the examples to the disk, from where nothing but their new owner removes them.
@@ -137,22 +188,10 @@ class Upload:
             raise InvalidInputError("the task is empty: send examples", field="examples")
         return self._spool.finish()
 
-    def _check_size(self) -> None:
-        if self._count > self._limits.task_images:
-            raise LimitExceededError(
-                f"a task has at most {self._limits.task_images} images", field="examples"
-            )
-        if self._size > self._limits.task_bytes:
-            raise LimitExceededError(
-                f"a task's images have at most {self._limits.task_bytes} bytes in all",
-                field="examples",
-            )
-
     def _check_examples(self, numbered: tuple[int, Sequence[Example]]) -> None:
         start, examples = numbered
         for index, example in enumerate(examples, start):
-            check_label(example.label, field=f"examples[{index}].label")
-            decode(example.image, self._limits, field=f"examples[{index}].image")
+            decode_example(example, index, self._limits)
 
     async def _admit(self, label: str, field: str) -> None:
         if len(self.first_fields) == self._limits.task_classes:

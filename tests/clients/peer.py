@@ -14,6 +14,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from inflora.v1 import evaluator_service_pb2 as evaluator
+from inflora.v1 import evaluator_service_pb2_grpc as evaluator_grpc
 from inflora.v1 import learner_service_pb2 as learner
 from inflora.v1 import learner_service_pb2_grpc as learner_grpc
 from inflora.v1 import model_service_pb2 as model
@@ -58,6 +60,7 @@ class Peer:
         watches: What the next watches send: tasks, or a status to break off with.
         tasks: By name.
         versions: By name.
+        evaluation: What an evaluation finds; version and images are filled in.
         content: What an artifact holds.
         breaks: After how many further bytes the next downloads break off.
         attached: Set once a watch is attached.
@@ -72,6 +75,7 @@ class Peer:
         self.watches: deque[list[task_pb2.Task | status_pb2.Status]] = deque()
         self.tasks: dict[str, task_pb2.Task] = {}
         self.versions: dict[str, model.Version] = {}
+        self.evaluation = evaluator.Evaluation()
         self.content = bytes(range(256)) * 4
         self.sha256 = hashlib.sha256(self.content).hexdigest()
         self.announced_size: int | None = None
@@ -87,6 +91,7 @@ class Peer:
         )
         learner_grpc.add_LearnerServiceServicer_to_server(Learner(self), self._server)
         predictor_grpc.add_PredictorServiceServicer_to_server(Predictor(self), self._server)
+        evaluator_grpc.add_EvaluatorServiceServicer_to_server(Evaluator(self), self._server)
         model_grpc.add_ModelServiceServicer_to_server(Model(self), self._server)
         port = self._server.add_insecure_port("localhost:0")
         self.address = f"localhost:{port}"
@@ -257,6 +262,27 @@ class Predictor(predictor_grpc.PredictorServiceServicer):
                 for image in request.images
             ],
         )
+
+
+class Evaluator(evaluator_grpc.EvaluatorServiceServicer):
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+
+    def Evaluate(
+        self, requests: Iterator[evaluator.EvaluateRequest], context: grpc.ServicerContext
+    ) -> evaluator.EvaluateResponse:
+        messages = [next(requests)]
+        self.peer.arrive("Evaluate", messages, context)
+        messages += requests
+        images = sum(len(message.examples.examples) for message in messages)
+        end = learner.UploadEnd(example_count=images)
+        if messages[-1] != evaluator.EvaluateRequest(end=end):
+            abort(context, status("INVALID_ARGUMENT", "the upload has no end"))
+        found = evaluator.Evaluation()
+        found.CopyFrom(self.peer.evaluation)
+        found.version = messages[0].spec.version or f"models/default/versions/{self.peer.current}"
+        found.images = images
+        return evaluator.EvaluateResponse(evaluation=found)
 
 
 class Model(model_grpc.ModelServiceServicer):

@@ -23,6 +23,18 @@ async def test_learns_from_an_asynchronous_iterable(peer: Peer) -> None:
     assert [c.label for c in task.classes] == ["class 0", "class 1", "class 2"]
 
 
+async def test_evaluates_an_asynchronous_iterable(peer: Peer) -> None:
+    async def examples() -> AsyncIterator[tuple[bytes, str]]:
+        for number in range(3):
+            await asyncio.sleep(0)
+            yield b"image", f"class {number}"
+
+    async with AsyncClient(peer.address, retry=QUICK) as client:
+        assert (await client.evaluate(examples(), version=2)).images == 3
+    _, batch, _ = peer.calls["Evaluate"][0]
+    assert [e.label for e in batch.examples.examples] == ["class 0", "class 1", "class 2"]
+
+
 async def test_does_not_repeat_an_asynchronous_iterable(peer: Peer) -> None:
     async def examples() -> AsyncIterator[tuple[bytes, str]]:
         yield b"image", "a"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from inflora.v1 import evaluator_service_pb2 as evaluator_pb
 from inflora.v1 import task_pb2
 from inflora_client.cli import app
 from tests.clients.peer import Peer, status
@@ -210,6 +211,98 @@ class TestPredict:
         )
         line = error_line(run("predict", tmp_path / "a"), 1)
         assert line == f"inflora: {tmp_path / 'a'}: no image (images[0]: is empty)"
+
+
+class TestEvaluate:
+    @pytest.fixture(autouse=True)
+    def _evaluation(self, peer: Peer) -> None:
+        task = "models/default/tasks/t1"
+        classes = [("[cat]", 0.25, "dog", 3), ("dog", 1.0, "", 0)]
+        peer.evaluation = evaluator_pb.Evaluation(
+            unknown_images=12 * 13 // 2,
+            accuracy=0.625,
+            accuracy_task_known=0.875,
+            mean_class_accuracy=0.615,
+            classes=[
+                evaluator_pb.ClassEvaluation(
+                    label=label,
+                    task=task,
+                    images=4,
+                    accuracy=accuracy,
+                    mean_probability=0.4321,
+                    confused_with=other,
+                    confused_images=images,
+                )
+                for label, accuracy, other, images in reversed(classes)
+            ],
+            tasks=[
+                evaluator_pb.TaskEvaluation(
+                    task=task, images=8, accuracy=0.625, accuracy_task_known=0.875
+                )
+            ],
+            confusions=[evaluator_pb.Confusion(truth="[cat]", answer="dog", images=3, share=0.75)],
+            calibration=evaluator_pb.Calibration(
+                expected_error=0.0432, negative_log_likelihood=1.25, brier=0.5
+            ),
+            novelty=evaluator_pb.NoveltyEvaluation(auroc=0.9876),
+            unknown_labels=[
+                evaluator_pb.UnknownLabel(label=f"unknown {n}", images=n) for n in range(1, 13)
+            ],
+        )
+
+    def test_shows_tables(self, run: Run, peer: Peer, pets: Path) -> None:
+        result = run("evaluate", pets, "--version", 3, "--confusions", 5)
+        assert result.exit_code == 0, result.output
+        assert "left out: 1 files" in result.stderr
+        rows = [line.split() for line in result.stdout.splitlines()]
+        for row in (
+            ["version", "3"],
+            ["accuracy", "62.5%"],
+            ["calibration", "error", "0.0432"],
+            ["told", "by", "novelty", "(AUROC)", "0.9876"],
+            ["t1", "8", "62.5%", "87.5%"],
+            ["[cat]", "4", "25.0%", "0.4321", "dog", "(3)"],
+            ["dog", "4", "100.0%", "0.4321"],
+            ["[cat]", "dog", "3", "75.0%"],
+            ["unknown", "12", "12"],
+            ["...", "and", "2", "more", "3"],
+        ):
+            assert row in rows
+        assert rows.index(["[cat]", "4", "25.0%", "0.4321", "dog", "(3)"]) < rows.index(
+            ["dog", "4", "100.0%", "0.4321"]
+        )
+        spec, batch, _ = peer.calls["Evaluate"][0]
+        assert spec.spec.version == "models/default/versions/3"
+        assert spec.spec.confusions == 5
+        labels = [e.label for e in batch.examples.examples]
+        assert labels == ["Käfer, rot", "cat", "cat", "dog"]
+
+    def test_shows_no_table_without_rows(self, run: Run, peer: Peer, pets: Path) -> None:
+        peer.evaluation = evaluator_pb.Evaluation()
+        result = run("evaluate", pets, "--classes", "cat")
+        assert result.exit_code == 0, result.output
+        rows = [line.split() for line in result.stdout.splitlines()]
+        assert ["accuracy", "-"] in rows
+        assert [] not in rows, "there is one table only"
+
+    def test_prints_one_json_object(self, run: Run, pets: Path) -> None:
+        (found,) = lines(run("evaluate", pets, "--classes", "cat,dog", "--json"))
+        assert found["images"] == 3
+        assert found["calibration"]["expected_error"] == 0.0432
+        assert found["confusions"] == [
+            {"truth": "[cat]", "answer": "dog", "images": 3, "share": 0.75}
+        ]
+
+    def test_says_which_file_is_at_fault(self, run: Run, peer: Peer, pets: Path) -> None:
+        peer.failures["Evaluate"].append(
+            status("INVALID_ARGUMENT", "no image", fields={"examples[2].image": "is empty"})
+        )
+        result = run("evaluate", pets, "--classes", "cat,dog")
+        assert result.exit_code == 1
+        assert str(pets / "dog" / "1.webp") in result.stderr
+
+    def test_refuses_a_folder_without_classes(self, run: Run, tmp_path: Path) -> None:
+        assert "has no sub-folders" in error_line(run("evaluate", tmp_path), 2)
 
 
 class TestVersions:

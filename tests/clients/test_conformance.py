@@ -10,28 +10,38 @@ from pathlib import Path
 
 import pytest
 
+from inflora.v1 import evaluator_service_pb2 as evaluator_pb
 from inflora.v1 import task_pb2
 from inflora_client import (
     AlreadyExistsError,
+    Calibration,
+    CalibrationBin,
     CallCancelledError,
+    ClassEvaluation,
     Client,
+    Confusion,
     ConnectionFailedError,
     CorruptDownloadError,
     DataLossError,
     DeadlineExceededError,
+    Evaluation,
     Example,
     FailedPreconditionError,
     FieldViolation,
     InternalError,
     InvalidArgumentError,
     NotFoundError,
+    NoveltyEvaluation,
+    NoveltyShare,
     OutOfRangeError,
     ResourceExhaustedError,
     StatusError,
+    TaskEvaluation,
     TaskFailedError,
     TaskStage,
     TaskState,
     UnavailableError,
+    UnknownLabel,
 )
 from tests.clients.peer import Peer, status
 
@@ -253,6 +263,117 @@ class TestPredict:
         assert next(results).predictions[0].label == "a"
         with pytest.raises(KeyError, match="camera"):
             next(results)
+
+
+class TestEvaluate:
+    def test_uploads_spec_and_examples(self, client: Client, peer: Peer, tmp_path: Path) -> None:
+        file = tmp_path / "a.png"
+        file.write_bytes(b"from a file")
+        decomposed = unicodedata.normalize("NFD", "Käfer")
+        found = client.evaluate(
+            [Example(b"one", "cat"), (file, decomposed)], version=3, confusions=7
+        )
+        assert (found.version, found.images) == ("models/default/versions/3", 2)
+        spec, batch, end = peer.calls["Evaluate"][0]
+        assert spec.spec == evaluator_pb.EvaluationSpec(
+            model="models/default", version="models/default/versions/3", confusions=7
+        )
+        sent = [(e.image, e.label) for e in batch.examples.examples]
+        assert sent == [(b"one", "cat"), (b"from a file", "Käfer")]
+        assert end.end.example_count == 2
+
+    def test_measures_the_current_version_by_default(self, client: Client, peer: Peer) -> None:
+        peer.add_version()
+        found = client.evaluate([(bytes(300_000), "a")] * 4)
+        assert (found.version, found.images) == ("models/default/versions/1", 4)
+        spec, *batches, _ = peer.calls["Evaluate"][0]
+        assert (spec.spec.version, spec.spec.confusions) == ("", 20)
+        assert [len(b.examples.examples) for b in batches] == [1] * 4
+
+    def test_returns_every_figure(self, client: Client, peer: Peer) -> None:
+        peer.evaluation = evaluator_pb.Evaluation(
+            unknown_images=2,
+            accuracy=0.5,
+            accuracy_task_known=0.75,
+            mean_class_accuracy=0.25,
+            classes=[
+                evaluator_pb.ClassEvaluation(
+                    label="cat",
+                    task=NAME,
+                    images=4,
+                    accuracy=0.5,
+                    mean_probability=0.4,
+                    confused_with="dog",
+                    confused_images=2,
+                )
+            ],
+            tasks=[
+                evaluator_pb.TaskEvaluation(
+                    task=NAME, images=4, accuracy=0.5, accuracy_task_known=0.75
+                )
+            ],
+            confusions=[evaluator_pb.Confusion(truth="cat", answer="dog", images=2, share=0.5)],
+            calibration=evaluator_pb.Calibration(
+                expected_error=0.1,
+                bins=[
+                    evaluator_pb.CalibrationBin(
+                        lower=0.0, upper=0.5, images=4, mean_confidence=0.3, accuracy=0.2
+                    )
+                ],
+                negative_log_likelihood=1.5,
+                brier=0.6,
+            ),
+            novelty=evaluator_pb.NoveltyEvaluation(
+                auroc=0.9,
+                shares=[
+                    evaluator_pb.NoveltyShare(threshold=0.5, known=0.0, unknown=1.0),
+                    evaluator_pb.NoveltyShare(threshold=0.9),
+                ],
+            ),
+            unknown_labels=[evaluator_pb.UnknownLabel(label="cow", images=2)],
+        )
+        assert client.evaluate([(b"1", "cat")], "models/default/versions/1") == Evaluation(
+            version="models/default/versions/1",
+            images=1,
+            unknown_images=2,
+            accuracy=0.5,
+            accuracy_task_known=0.75,
+            mean_class_accuracy=0.25,
+            classes=(ClassEvaluation("cat", NAME, 4, 0.5, 0.4, "dog", 2),),
+            tasks=(TaskEvaluation(NAME, 4, 0.5, 0.75),),
+            confusions=(Confusion("cat", "dog", 2, 0.5),),
+            calibration=Calibration(0.1, (CalibrationBin(0.0, 0.5, 4, 0.3, 0.2),), 1.5, 0.6),
+            novelty=NoveltyEvaluation(
+                0.9, (NoveltyShare(0.5, 0.0, 1.0), NoveltyShare(0.9, None, None))
+            ),
+            unknown_labels=(UnknownLabel("cow", 2),),
+        )
+
+    def test_tells_what_was_not_measured(self, client: Client) -> None:
+        found = client.evaluate([(b"1", "cat")], 1)
+        assert found.accuracy is found.accuracy_task_known is found.mean_class_accuracy is None
+        assert found.calibration is None
+        assert found.novelty == NoveltyEvaluation(None, ())
+
+    def test_uploads_a_sequence_again(self, client: Client, peer: Peer) -> None:
+        peer.failures["Evaluate"] += [status("UNAVAILABLE")] * 2
+        assert client.evaluate([(b"1", "a")]).images == 1
+        assert len(peer.calls["Evaluate"]) == 3
+
+    def test_does_not_repeat_an_iterator(self, client: Client, peer: Peer) -> None:
+        peer.failures["Evaluate"].append(status("UNAVAILABLE"))
+        with pytest.raises(UnavailableError):
+            client.evaluate(iter([(b"1", "a")]))
+        assert len(peer.calls["Evaluate"]) == 1
+
+    def test_raises_an_error_on_this_side(self, client: Client, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            client.evaluate([(b"1", "a"), (tmp_path / "gone.png", "a")])
+
+    def test_reports_a_refusal_that_comes_before_the_end(self, client: Client, peer: Peer) -> None:
+        peer.failures["Evaluate"].append(status("NOT_FOUND", "no such version"))
+        with pytest.raises(NotFoundError, match="no such version"):
+            client.evaluate([(bytes(500_000), "a")] * 40, version=9)
 
 
 class TestVersions:

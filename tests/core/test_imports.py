@@ -9,6 +9,7 @@ LIGHT = (
     "inflora_core",
     "inflora_core.config",
     "inflora_core.errors",
+    "inflora_core.evaluation",
     "inflora_core.graph",
     "inflora_core.images",
     "inflora_core.labels",

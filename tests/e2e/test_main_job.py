@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from tests.e2e.predicting import Predicting
 from tests.running_server import RunningServer
 
 FIRST, SECOND = ("red", "green"), ("blue", "yellow", "white")
-SERVICES = [f"inflora.v1.{name}Service" for name in ("Learner", "Predictor", "Model")]
+SERVICES = [f"inflora.v1.{name}Service" for name in ("Learner", "Predictor", "Evaluator", "Model")]
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,55 @@ def test_a_stream_answers_in_order(job: Job) -> None:
     assert len(set(firsts)) >= 4, "so that a wrong order would be seen"
 
 
+# -- measuring ----------------------------------------------------------------------------------
+
+
+def test_an_evaluation_gives_what_counting_predictions_gives(job: Job) -> None:
+    shown = examples(*FIRST, *SECOND, "black", each=5, first=2000)
+    store = contents(job.server.store)
+    for version, known in ((2, (*FIRST, *SECOND)), (1, FIRST)):
+        found = job.client.evaluate(shown, version)
+        assert found.version == f"models/default/versions/{version}"
+        answers = job.client.predict([image for image, _ in shown], 1, version).predictions
+        right = {label: [] for label in known}
+        for (_, label), answer in zip(shown, answers, strict=True):
+            if label in known:
+                right[label].append(answer.label == label)
+        assert [(c.label, c.accuracy) for c in found.classes] == [
+            (label, np.mean(hits)) for label, hits in right.items()
+        ]
+        assert found.accuracy == np.mean([*right.values()])
+        for task, part in zip(job.tasks, found.tasks, strict=False):
+            own = [(image, label) for image, label in shown if label in labels_taught(task)]
+            within = job.client.predict([image for image, _ in own], 1, version, task)
+            assert part.task == task.name
+            assert part.accuracy_task_known == np.mean(
+                [a == label for a, (_, label) in zip(labels_of(within), own, strict=True)]
+            )
+        assert len(found.tasks) == version
+        assert found.images == 5 * len(known)
+        strangers = {label for _, label in shown} - set(known)
+        assert {u.label: u.images for u in found.unknown_labels} == dict.fromkeys(strangers, 5)
+        assert found.unknown_images == 5 * len(strangers)
+        novelty = [
+            (a.novelty, label in known) for a, (_, label) in zip(answers, shown, strict=True)
+        ]
+        pairs = [(b > a) + (a == b) / 2 for a, old in novelty if old for b, x in novelty if not x]
+        assert found.novelty.auroc == pytest.approx(np.mean(pairs))
+    assert job.client.evaluate(shown[:1]).version == job.client.version("current").name
+    assert contents(job.server.store) == store, "nothing is kept"
+
+
+def labels_taught(task: Task) -> list[str]:
+    return [entry.label for entry in task.classes]
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Return every file with when it was written, and what it holds."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
 # -- the file -----------------------------------------------------------------------------------
 
 
@@ -242,11 +292,11 @@ def test_rolling_back_and_forth(job: Job) -> None:
 
 def test_health_follows_the_first_version(job: Job) -> None:
     before, after = job.health
-    predictor = "inflora.v1.PredictorService"
-    assert before.pop(predictor) == "NOT_SERVING"
-    assert set(before.values()) == {"SERVING"}
+    answering = {"inflora.v1.PredictorService", "inflora.v1.EvaluatorService"}
+    assert {name for name, state in before.items() if state == "NOT_SERVING"} == answering
+    assert {before[name] for name in before if name not in answering} == {"SERVING"}
     assert set(after.values()) == {"SERVING"}
-    assert predictor in after
+    assert answering <= set(after)
     assert job.refusal.reason == "WRONG_STATE"
 
 
@@ -321,6 +371,30 @@ def test_the_command_teaches_a_folder_and_asks(job: Job, inflora: Command) -> No
     assert again.returncode == 1
     assert "cyan" in again.stderr
     assert len(again.stderr.splitlines()) == 1
+
+
+def test_the_command_measures_a_folder(job: Job, inflora: Command) -> None:
+    shown = examples(*FIRST, "blue", each=4, first=3000)
+    for number, (image, label) in enumerate(shown):
+        folder = inflora.folder / "photos" / label
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02}.png").write_bytes(image)
+    (found,) = inflora.json("evaluate", "photos", "--version", 1)
+    # Sorted by label, as a folder is: in another order, sums are rounded in another way.
+    direct = job.client.evaluate(sorted(shown, key=lambda example: example[1]), 1)
+    assert found == json.loads(json.dumps(dataclasses.asdict(direct)))
+    assert (found["images"], found["unknown_images"]) == (8, 4)
+    table = inflora.text("evaluate", "photos", "--version", 1)
+    assert f"{found['accuracy']:.1%}" in table
+    assert job.tasks[0].id in table
+    assert "blue" in table
+
+    (inflora.folder / "photos" / "red" / "zero.png").write_bytes(b"")
+    refused = inflora.run("evaluate", "photos")
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    (line,) = refused.stderr.splitlines()
+    assert str(Path("photos") / "red" / "zero.png") in line
 
 
 def test_the_command_lists_and_exports(job: Job, inflora: Command) -> None:

@@ -23,12 +23,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from PIL import Image
 
-from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import (
+    evaluator_service_pb2_grpc,
     learner_service_pb2_grpc,
     model_service_pb2_grpc,
     predictor_service_pb2_grpc,
 )
+from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import task_pb2 as pb
 from inflora_core.config import Limits
 from inflora_core.store import Store
@@ -181,6 +182,7 @@ class Running:
         self.channel = channel
         self.learner = learner_service_pb2_grpc.LearnerServiceStub(channel)
         self.predictor = predictor_service_pb2_grpc.PredictorServiceStub(channel)
+        self.evaluator = evaluator_service_pb2_grpc.EvaluatorServiceStub(channel)
         self.model = model_service_pb2_grpc.ModelServiceStub(channel)
         self.health = health_pb2_grpc.HealthStub(channel)
 

@@ -12,8 +12,7 @@ import typer
 
 from inflora_client import InvalidArgumentError, LearnOptions
 from inflora_client._base import DEFAULT_TARGET
-from inflora_client.cli import learning, render
-from inflora_client.cli.folder import FolderError, read_folder
+from inflora_client.cli import learning, render, uploading
 from inflora_client.cli.session import (
     EXIT_REFUSED,
     EXIT_USAGE,
@@ -21,7 +20,6 @@ from inflora_client.cli.session import (
     ServerOption,
     Session,
     fail,
-    note,
 )
 
 app = typer.Typer(
@@ -37,6 +35,20 @@ app = typer.Typer(
 )
 
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="Id or full name of a task.")]
+
+FolderArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FOLDER",
+        exists=True,
+        file_okay=False,
+        help="Holds one sub-folder of images for each class, named like the class.",
+    ),
+]
+ClassesOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these classes, with commas between; may be repeated."),
+]
 
 
 @app.callback()
@@ -75,19 +87,8 @@ def serve(context: typer.Context) -> None:
 @app.command()
 def learn(
     context: typer.Context,
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FOLDER",
-            exists=True,
-            file_okay=False,
-            help="Holds one sub-folder of images for each class, named like the class.",
-        ),
-    ],
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(help="Only these classes, with commas between; may be repeated."),
-    ] = None,
+    folder: FolderArgument,
+    classes: ClassesOption = None,
     name: Annotated[str, typer.Option(help="Free text that tells the task from others.")] = "",
     request_id: Annotated[
         str, typer.Option(help="Repeating an upload with the same id does no harm.")
@@ -119,12 +120,7 @@ def learn(
 ) -> None:
     """Teach the classes of a folder, and show the progress. What is not given, the server sets."""
     session = Session.of(context, server, as_json)
-    try:
-        found = read_folder(folder, classes or ())
-    except (FolderError, OSError) as error:
-        fail(str(error), EXIT_USAGE)
-    if found.left_out:
-        note(f"left out: {found.left_out} files that are not images by their suffix")
+    examples = uploading.examples_of(folder, classes or ())
     options: LearnOptions = {
         "display_name": name,
         "request_id": request_id,
@@ -136,7 +132,7 @@ def learn(
         "held_out_share": held_out_share,
     }
     with session.client() as client:
-        task = learning.upload(client, found.examples, options)
+        task = uploading.upload(examples, lambda counted: client.learn(counted, **options))
         if detach:
             state = f"task {task.id} is {task.state.lower()}"
             session.show([task], f"{state}; {learning.how_to_go_on(task.id)}")
@@ -205,6 +201,30 @@ def predict(
                 fail(f"{path}: {error}", EXIT_REFUSED)
             answers.append(render.FileAnswer.of(path, result))
     session.show(answers, render.prediction_table(answers))
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    folder: FolderArgument,
+    classes: ClassesOption = None,
+    version: Annotated[
+        str | None, typer.Option(help="Measure this version instead of the current one.")
+    ] = None,
+    confusions: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Kinds of errors to show.")
+    ] = 20,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a version on labelled images; the server keeps nothing of them."""
+    session = Session.of(context, server, as_json)
+    examples = uploading.examples_of(folder, classes or ())
+    with session.client() as client:
+        found = uploading.upload(
+            examples, lambda counted: client.evaluate(counted, version, confusions)
+        )
+        session.show([found], render.evaluation_view(found))
 
 
 @app.command()

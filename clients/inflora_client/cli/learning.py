@@ -1,47 +1,17 @@
-"""Uploading a task and following it, with a progress bar or JSON lines."""
+"""Following a task, with a progress bar or JSON lines."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 import typer
 
-from inflora_client import (
-    Client,
-    Example,
-    InvalidArgumentError,
-    LearnOptions,
-    Task,
-    TaskFailedError,
-    TaskState,
-)
+from inflora_client import Client, Task, TaskFailedError, TaskState
 from inflora_client.cli import render
-from inflora_client.cli.folder import CountedExamples
-from inflora_client.cli.session import EXIT_INTERRUPTED, EXIT_REFUSED, Session, fail, note
-
-_EXAMPLE_FIELD = re.compile(r"examples\[(\d+)\]")
+from inflora_client.cli.session import EXIT_INTERRUPTED, Session, note
 
 
 def how_to_go_on(task_id: str) -> str:
     """Say which commands deal with a task that goes on by itself."""
     return f"follow it with 'inflora watch {task_id}', stop it with 'inflora cancel {task_id}'"
-
-
-def upload(client: Client, examples: Sequence[Example], options: LearnOptions) -> Task:
-    """Upload a task under a progress bar; return it as queued."""
-    try:
-        with render.progress_bar() as bar:
-            total = len(examples)
-            counted = CountedExamples(
-                examples, lambda n: bar(f"uploading  image {n}/{total}", n / total)
-            )
-            return client.learn(counted, **options)
-    except InvalidArgumentError as error:
-        fail(f"{error}{_files_at_fault(error, examples)}", EXIT_REFUSED)
-    except KeyboardInterrupt:
-        note("upload stopped; the server keeps nothing of it")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def follow(session: Session, client: Client, task_id: str) -> None:
@@ -69,10 +39,3 @@ def _watch(session: Session, client: Client, task_id: str) -> Task:
             else:
                 bar(render.describe(task), task.fraction_done)
     return task
-
-
-def _files_at_fault(error: InvalidArgumentError, examples: Sequence[Example]) -> str:
-    """The server counts examples; a person knows files."""
-    matches = (_EXAMPLE_FIELD.search(v.field) for v in error.field_violations)
-    numbers = (int(match[1]) for match in matches if match)
-    return "".join(f"; that is {examples[n].image!s}" for n in numbers if n < len(examples))

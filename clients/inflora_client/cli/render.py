@@ -9,12 +9,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from inflora_client import ClassScore, PredictResult, Task, TaskStage, TaskState, Version
+from inflora_client import (
+    ClassScore,
+    Evaluation,
+    PredictResult,
+    Task,
+    TaskStage,
+    TaskState,
+    Version,
+)
+
+LISTED_CLASSES = 10
+"""Classes that a table of an evaluation shows: a person looks for those that went wrong."""
 
 
 def short(name: str) -> str:
@@ -153,6 +164,72 @@ def summary_table(task: Task) -> Table:
             rows.append(("ONNX against torch", f"{report.parity.max_abs_diff:.1e}"))
         rows += [("warning", warning) for warning in report.warnings]
     return _table(("", ""), rows, header=False)
+
+
+def evaluation_view(evaluation: Evaluation) -> RenderableType:
+    """Several tables: overall, tasks, the worst classes, the most frequent errors, unknown."""
+    worst = sorted(evaluation.classes, key=lambda c: (c.accuracy, -c.images))[:LISTED_CLASSES]
+    parts = [
+        _overall_table(evaluation),
+        _table(
+            ("task", "images", "accuracy", "with the task known"),
+            (
+                (short(t.task), t.images, _percent(t.accuracy), _percent(t.accuracy_task_known))
+                for t in evaluation.tasks
+            ),
+        ),
+        _table(
+            ("worst classes", "images", "accuracy", "mean probability", "taken most often for"),
+            (
+                (
+                    c.label,
+                    c.images,
+                    _percent(c.accuracy),
+                    f"{c.mean_probability:.4f}",
+                    f"{c.confused_with} ({c.confused_images})" if c.confused_images else "",
+                )
+                for c in worst
+            ),
+        ),
+        _table(
+            ("class", "taken for", "images", "share of the class"),
+            ((c.truth, c.answer, c.images, _percent(c.share)) for c in evaluation.confusions),
+        ),
+        _unknown_table(evaluation),
+    ]
+    shown = [part for part in parts if part.row_count]
+    spaced = [part for table in shown for part in (Text(), table)]
+    return Group(*spaced[1:])
+
+
+def _overall_table(evaluation: Evaluation) -> Table:
+    calibration, novelty = evaluation.calibration, evaluation.novelty
+    rows: list[Sequence[object]] = [
+        ("version", short(evaluation.version)),
+        ("images of known classes", evaluation.images),
+        ("accuracy", _percent(evaluation.accuracy)),
+        ("  with the task known", _percent(evaluation.accuracy_task_known)),
+        ("  mean of the classes", _percent(evaluation.mean_class_accuracy)),
+    ]
+    if calibration:
+        rows += [
+            ("calibration error", f"{calibration.expected_error:.4f}"),
+            ("negative log-likelihood", f"{calibration.negative_log_likelihood:.4f}"),
+            ("Brier score", f"{calibration.brier:.4f}"),
+        ]
+    if evaluation.unknown_images:
+        rows.append(("images of unknown classes", evaluation.unknown_images))
+    if novelty.auroc is not None:
+        rows.append(("told by novelty (AUROC)", f"{novelty.auroc:.4f}"))
+    return _table(("", ""), rows, header=False)
+
+
+def _unknown_table(evaluation: Evaluation) -> Table:
+    most = sorted(evaluation.unknown_labels, key=lambda u: -u.images)
+    rows: list[Sequence[object]] = [(u.label, u.images) for u in most[:LISTED_CLASSES]]
+    if rest := most[LISTED_CLASSES:]:
+        rows.append((f"... and {len(rest)} more", sum(u.images for u in rest)))
+    return _table(("not known to the version", "images"), rows)
 
 
 def _table(

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from inflora_client import (
     Client,
@@ -81,7 +80,7 @@ class Session:
         except OSError as error:
             fail(str(error), EXIT_USAGE)
 
-    def show(self, results: Iterable[DataclassInstance], view: Table | str) -> None:
+    def show(self, results: Iterable[DataclassInstance], view: RenderableType) -> None:
         """Print results, as JSON lines or as the view that was made of them."""
         if self.as_json:
             for result in results:  # times become ISO 8601, paths text

@@ -1,0 +1,139 @@
+"""Evaluations: images are classified as they arrive, counted, and forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import numpy as np
+
+from inflora_core.config import Limits
+from inflora_core.errors import InvalidInputError, LimitExceededError
+from inflora_core.evaluation import Evaluation, Tally
+from inflora_core.predictor import Floats, processors
+from inflora_service.aio import map_threads
+from inflora_service.serving import Loaded, ModelHost
+from inflora_service.uploads import Example, Intake, decode_example
+
+BATCH = 64
+"""Images that are in memory, and classified, at a time."""
+
+
+class Evaluator:
+    """Measures versions. What it has to do waits for predictions, never the other way round.
+
+    Args:
+        host: Holds the versions.
+        limits: What is refused.
+    """
+
+    def __init__(self, host: ModelHost, limits: Limits) -> None:
+        self._host = host
+        self._limits = limits
+        # Threads of its own: in the queue of those that decode for Predict, every call would stand
+        # behind a batch of 64 photos. Half of the processors, as for uploads of tasks.
+        self._decoders = ThreadPoolExecutor(max(1, processors() // 2), "evaluate-decode")
+
+    def close(self) -> None:
+        """Let the threads go once they are idle; evaluations cannot go on."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def begin(self, version: int | None) -> Examination:
+        """Return an examination of version ``version``; None for the one that is current now.
+
+        Raises:
+            StateError: no version is published.
+            NotFoundError: there is no such version.
+            DamagedError: the version is damaged.
+        """
+        loaded = await self._host.answering(version)
+        return Examination(loaded, self._host, self._limits, self._decoders)
+
+
+class Examination:
+    """One version and some labelled images: add them, then ask for the figures.
+
+    Args:
+        loaded: The version.
+        host: Classifies.
+        limits: What is refused.
+        decoders: Threads that decode images.
+
+    Attributes:
+        version: The version's number.
+    """
+
+    def __init__(self, loaded: Loaded, host: ModelHost, limits: Limits, decoders: Executor) -> None:
+        self.version = loaded.version.number
+        self._predictor = loaded.predictor
+        self._host = host
+        self._limits = limits
+        self._decoders = decoders
+        self._intake = Intake(limits)
+        self._tally = Tally(loaded.version.classes)
+        self._unknown: set[str] = set()
+        self._labels: list[str] = []
+        self._pixels: list[Floats] = []
+
+    async def add(self, examples: Sequence[Example]) -> None:
+        """Check a batch, and classify what of it fills batches of ``BATCH``.
+
+        Raises:
+            InvalidInputError: a label or an image is not acceptable; its field is named.
+            LimitExceededError: the evaluation is over a limit.
+        """
+        first, at = self._intake.take(examples), 0
+        while at < len(examples):
+            part = examples[at : at + BATCH - len(self._pixels)]
+            numbered = list(enumerate(part, first + at))
+            pixels = await map_threads(self._decoders, self._prepare, numbered)
+            for index, example in numbered:
+                self._admit(example.label, index)
+            self._labels += [example.label for example in part]
+            self._pixels += pixels
+            if len(self._pixels) == BATCH:
+                await self._classify()
+            at += len(part)
+
+    def check_count(self, count: int) -> None:
+        """Raise ``InvalidInputError`` unless ``count`` examples have arrived."""
+        self._intake.check_count(count)
+
+    async def finish(self, confusions: int) -> Evaluation:
+        """Classify the rest, and return the figures.
+
+        Args:
+            confusions: How many kinds of errors to return at most.
+
+        Raises:
+            InvalidInputError: there were no examples.
+        """
+        if not self._intake.count:
+            raise InvalidInputError("there is nothing to measure: send examples", field="examples")
+        if self._pixels:
+            await self._classify()
+        return await self._host.in_bulk(lambda: self._tally.evaluation(confusions))
+
+    def _prepare(self, numbered: tuple[int, Example]) -> Floats:
+        index, example = numbered
+        return self._predictor.preprocess(decode_example(example, index, self._limits))
+
+    def _admit(self, label: str, index: int) -> None:
+        # What is known is bounded by the class table; what is not, the caller makes up.
+        if not self._tally.knows(label):
+            self._unknown.add(label)
+            if len(self._unknown) > self._limits.task_classes:
+                raise LimitExceededError(
+                    f"at most {self._limits.task_classes} classes may be unknown to the version",
+                    field=f"examples[{index}].label",
+                )
+
+    async def _classify(self) -> None:
+        labels, pixels = self._labels, self._pixels
+        self._labels, self._pixels = [], []
+
+        def work() -> None:
+            answers = self._predictor.classify(np.concatenate(pixels))
+            self._tally.add(labels, answers.logits, answers.probabilities, answers.novelty)
+
+        await self._host.in_bulk(work)
