@@ -27,7 +27,6 @@ from inflora_core.memory import GradientMemory
 from inflora_core.merge import merge, product
 from inflora_core.model import (
     Array,
-    ClassEntry,
     ContinualModel,
     Factors,
     LabelledImages,
@@ -35,6 +34,7 @@ from inflora_core.model import (
     Learned,
     Stage,
     TaskReport,
+    new_classes,
 )
 from inflora_core.moments import Moments, record_moments
 from inflora_core.progress import Tracker
@@ -106,7 +106,7 @@ def learn_task(
         layers=layers,
         head_weight=weight,
         head_bias=bias,
-        classes=before.classes + tuple(ClassEntry(name, task) for name in data.names),
+        classes=before.classes + new_classes(data.names, task),
         tasks=before.tasks + 1,
         class_means=statistics.means,
         class_counts=statistics.counts,
