@@ -67,6 +67,25 @@ def apply(model: ContinualModel, edit: Edit, others: Iterable[Classes] = ()) -> 
     return Edited(without(model, keys), tuple(sorted(keys)))
 
 
+def check_form(edit: Edit) -> None:
+    """Raise ``InvalidInputError`` if no model could be edited so."""
+    if isinstance(edit, Forget):
+        if not edit.labels:
+            raise InvalidInputError("say which classes to forget", field="labels")
+        _check_labels(edit.labels, "labels")
+        return
+    check_label(edit.label, field="label")
+    if edit.new_label is not None:
+        check_label(edit.new_label, field="new_label")
+    elif not edit.add_aliases and not edit.remove_aliases:
+        raise InvalidInputError(
+            "nothing is to change: give a new label, or aliases to add or to remove",
+            field="new_label",
+        )
+    _check_labels(edit.add_aliases, "add_aliases")
+    _check_labels(edit.remove_aliases, "remove_aliases")
+
+
 def check(classes: Classes, edit: Edit, others: Iterable[Classes] = ()) -> None:
     """Raise what ``apply`` would raise for a model with these classes."""
     if isinstance(edit, Forget):
@@ -118,19 +137,14 @@ def keys_to_forget(
         NotFoundError: no class has the label.
         StateError: no class would be left in the current version.
     """
-    if not labels:
-        raise InvalidInputError("say which classes to forget", field="labels")
+    check_form(Forget(tuple(labels)))
     current = {entry.key for entry in classes}
     tables = [[entry for entry in table if entry.key not in current] for table in others]
     keys: set[str] = set()
     for number, label in enumerate(labels):
-        field = f"labels[{number}]"
-        check_label(label, field=field)
-        found = {
-            entry.key for table in (classes, *tables) for entry in table if label in entry.names
-        }
+        found = {e.key for table in (classes, *tables) for e in table if label in e.names}
         if not found:
-            raise NotFoundError(f"there is no class {label!a}", field=field)
+            raise NotFoundError(f"there is no class {label!a}", field=f"labels[{number}]")
         keys |= found
     if current and current <= keys:
         raise StateError(
@@ -152,14 +166,10 @@ def updated(classes: Classes, change: ClassUpdate) -> tuple[ClassEntry, ...]:
         ConflictError: a name means a class already.
         LimitExceededError: the class would have too many aliases.
     """
-    at = position_of(classes, check_label(change.label, field="label"))
+    check_form(change)
+    at = position_of(classes, change.label)
     if at is None:
         raise NotFoundError(f"there is no class {change.label!a}", field="label")
-    if change.new_label is None and not change.add_aliases and not change.remove_aliases:
-        raise InvalidInputError(
-            "nothing is to change: give a new label, or aliases to add or to remove",
-            field="new_label",
-        )
     label, aliases = classes[at].label, list(classes[at].aliases)
     others = [entry for i, entry in enumerate(classes) if i != at]
     if change.new_label is not None:
@@ -181,9 +191,13 @@ def updated(classes: Classes, change: ClassUpdate) -> tuple[ClassEntry, ...]:
     return (*classes[:at], entry, *classes[at + 1 :])
 
 
+def _check_labels(labels: Sequence[str], field: str) -> None:
+    for number, label in enumerate(labels):
+        check_label(label, field=f"{field}[{number}]")
+
+
 def _check_free(name: str, others: Classes, own: Collection[str], field: str) -> None:
     """Refuse a name that means a class already."""
-    check_label(name, field=field)
     if name in own:
         raise ConflictError(f"the class is called {name!a} already", field=field)
     taken = position_of(others, name)

@@ -151,21 +151,26 @@ def check_edit(before: bytes, after: bytes, columns: Sequence[int]) -> None:
     expected, answered = (
         _session(split(model)[1]).run([LOGITS], {PIXELS: pixels})[0] for model in (before, after)
     )
-    _difference(answered, expected[:, list(columns)], _TOLERANCE)
+    _difference(answered, expected[:, list(columns)], _TOLERANCE, "the version before")
 
 
 def _difference(
-    answered: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float
+    answered: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    tolerance: float,
+    other: str = "torch",
 ) -> tuple[float, float]:
     """Return the largest difference of two logits, and the one allowed."""
     if answered.shape != expected.shape:
-        raise ParityError(f"ONNX gives logits {answered.shape}, not {expected.shape}")
+        raise ParityError(f"ONNX gives logits {answered.shape}, {other} {expected.shape}")
     if not (np.isfinite(answered).all() and np.isfinite(expected).all()):
         raise ParityError("a logit is not finite")
     difference = float(np.abs(answered - expected).max())
     allowed = tolerance * max(1.0, float(np.abs(expected).max()) / 10)
     if difference > allowed:
-        raise ParityError(f"logits differ by {difference:.2e}, more than {allowed:.2e}")
+        raise ParityError(
+            f"logits of ONNX and {other} differ by {difference:.2e}, more than {allowed:.2e}"
+        )
     return difference, allowed
 
 

@@ -64,8 +64,10 @@ from inflora_core.model import (
     BackboneConfig,
     ClassEntry,
     ContinualModel,
+    Edit,
     Factors,
     FileEntry,
+    Forget,
     LayerState,
     Learned,
     TaskReport,
@@ -549,14 +551,13 @@ class Store:
         borne = self.version(current).classes if current is not None else ()
         return frozenset(names.difference({MARK}, *(entry.names for entry in borne)))
 
-    def class_tables(self, *, forgotten: bool = False) -> Iterator[tuple[ClassEntry, ...]]:
-        """Yield the class table of every version that can be read.
+    def tables_for(self, edit: Edit) -> Iterator[tuple[ClassEntry, ...]]:
+        """Yield the class table of every version that can be read, for ``edits.apply``.
 
-        Args:
-            forgotten: Whether to include classes that are forgotten, but not purged.
+        With classes that are forgotten already if they are to be purged now, as they can still be.
         """
         known = self.forgotten()
-        gone = known.purged if forgotten else known.keys
+        gone = known.purged if isinstance(edit, Forget) and edit.purge else known.keys
         for _, version in self._manifests():
             yield tuple(entry for entry in version.classes if entry.key not in gone)
 

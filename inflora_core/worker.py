@@ -59,7 +59,6 @@ from inflora_core.model import (
     Array,
     ContinualModel,
     Edit,
-    Forget,
     LabelledImages,
     Progress,
     Stage,
@@ -136,9 +135,7 @@ class Worker:
             return done
         tracker.start(Stage.EXPORTING)
         before = self._state(parent)
-        # Who asks for a purge may mean a class that was forgotten before.
-        purge = isinstance(edit, Forget) and edit.purge
-        edited = edits.apply(before, edit, self._store.class_tables(forgotten=purge))
+        edited = edits.apply(before, edit, self._store.tables_for(edit))
         template = self._store.backbone().template_path.read_bytes()
         number = self._store.next_number()
         onnx = materialise(template, edited.model, number)

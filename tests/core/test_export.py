@@ -78,7 +78,9 @@ def learned(backbone: Backbone, classes: int, seed: int = 0) -> ContinualModel:
         ContinualModel.untaught(layers, e),
         head_weight=rng.normal(size=(classes, e)).astype(np.float32),
         head_bias=rng.normal(size=classes).astype(np.float32),
-        classes=tuple(ClassEntry(f"Klasse {i} ß", f"task-{i // 2}") for i in range(classes)),
+        classes=tuple(
+            ClassEntry(f"Klasse {i} ß", f"task-{i // 2}", f"key-{i}") for i in range(classes)
+        ),
     )
 
 

@@ -30,7 +30,6 @@ from inflora_core.errors import (
 from inflora_core.merge import merge
 from inflora_core.model import (
     BackboneConfig,
-    ClassEntry,
     ContinualModel,
     Factors,
     LayerReport,
@@ -39,6 +38,7 @@ from inflora_core.model import (
     ParityReport,
     Stage,
     TaskReport,
+    new_classes,
 )
 from inflora_core.store import ONNX_FILE, Store, StoredBackbone
 
@@ -104,7 +104,7 @@ def learned(
             key_value = merge(layer.key_value, factors[name])
         tokens = layer.tokens + 2**40 + number
         layers[name] = LayerState(key_value, array(d, d), layer.protected + 1, array(d, d), tokens)
-    known = before.classes + tuple(ClassEntry(f"{task} – ß{i}", task) for i in range(2))
+    known = before.classes + new_classes([f"{task} – ß{i}" for i in range(2)], task)
     e = before.head_weight.shape[1]
     after = replace(
         before,
