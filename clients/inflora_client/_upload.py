@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
-import uuid
 from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from typing import TypedDict
 
 from inflora.v1 import learner_service_pb2, task_pb2
 from inflora_client._images import ImageSource, read_image
-from inflora_client._names import Names
+from inflora_client._names import Names, new_request_id, normalised
 
 _BATCH_BYTES = 512 * 1024  # gRPC streams best with messages of 256 KiB to 1 MiB
 
@@ -46,7 +44,7 @@ class LearnOptions(TypedDict, total=False):
 def task_spec(names: Names, options: LearnOptions) -> task_pb2.TaskSpec:
     """Return the spec, with a random request id where the caller gave none."""
     spec = task_pb2.TaskSpec(parent=names.model, **options)
-    spec.request_id = spec.request_id or str(uuid.uuid4())
+    spec.request_id = spec.request_id or new_request_id()
     return spec
 
 
@@ -81,7 +79,7 @@ class Batcher:
 
     def add(self, image: bytes, label: str) -> Iterator[learner_service_pb2.LearnTaskRequest]:
         """Take one example in; yield the message that became full by it, if one did."""
-        example = task_pb2.Example(image=image, label=unicodedata.normalize("NFC", label))
+        example = task_pb2.Example(image=image, label=normalised(label))
         size = example.ByteSize()
         if self._pending_bytes + size > _BATCH_BYTES:
             yield from self.flush()

@@ -217,7 +217,7 @@ class TestVersions:
         peer.add_version()
         peer.add_version()
         assert [v["current"] for v in lines(run("versions", "--json"))] == [True, False]
-        assert run("promote", 1).stdout.splitlines()[1].split()[:2] == ["1", "yes"]
+        assert run("promote", 1).stdout.splitlines()[1].split()[:2] == ["1", "current"]
         assert [v["current"] for v in lines(run("--json", "versions"))] == [False, True]
 
     def test_exports(self, run: Run, peer: Peer, tmp_path: Path) -> None:

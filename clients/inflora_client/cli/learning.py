@@ -44,6 +44,15 @@ def upload(client: Client, examples: Sequence[Example], options: LearnOptions) -
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
+def queued(session: Session, client: Client, task: Task, detach: bool) -> None:
+    """Follow a task that was accepted just now, or say how that can be done later."""
+    if detach:
+        state = f"task {task.id} is {task.state.lower()}"
+        session.show([task], f"{state}; {how_to_go_on(task.id)}")
+    else:
+        follow(session, client, task.id)
+
+
 def follow(session: Session, client: Client, task_id: str) -> None:
     """Show a task's progress until it ends, then what became of it.
 
