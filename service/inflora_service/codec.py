@@ -178,13 +178,14 @@ def encode_task(snapshot: Snapshot, *, report: bool = True) -> pb.Task:
         losses = task.report.epoch_losses
         message.epoch = message.epochs = len(losses)
         message.loss = losses[-1] if losses else 0.0
-        message.fraction_done = 1.0
     elif progress := snapshot.progress:
         message.epoch, message.epochs = progress.epoch, progress.epochs
         message.loss = progress.loss
         message.fraction_done = progress.fraction
         if task.state is TaskState.LEARNING:
             message.stage = pb.TaskStage.Value(f"TASK_STAGE_{progress.stage}")
+    if task.state is TaskState.PUBLISHED:
+        message.fraction_done = 1.0
     return message
 
 

@@ -166,8 +166,8 @@ class TaskRecords:
         )
         return [self._decode(record).task for (record,) in rows]
 
-    def redact(self, names: Collection[str]) -> None:
-        """Take names of classes out of the records of all tasks that have ended.
+    def redact(self, names: Collection[str], task: str) -> None:
+        """Take names of classes out of the records of all tasks that have ended, and of ``task``.
 
         The file holds no copy of them then. Doing it again does no harm.
 
@@ -176,7 +176,10 @@ class TaskRecords:
             UnavailableError: the disk cannot be used.
         """
         marks = ", ".join("?" * len(_UNFINISHED))
-        rows = self._execute(f"SELECT record FROM tasks WHERE state NOT IN ({marks})", _UNFINISHED)
+        rows = self._execute(
+            f"SELECT record FROM tasks WHERE state NOT IN ({marks}) OR id = ?",
+            [*_UNFINISHED, task],
+        )
         for (record,) in rows:
             try:
                 before = self._decode(record)

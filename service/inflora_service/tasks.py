@@ -449,14 +449,13 @@ class TaskQueue:
                     return version
                 # Names go from the manifests last: nowhere else is it written what they were.
                 names |= await asyncio.to_thread(self._store.names_of, version.forgets)
-                await asyncio.to_thread(self._records.redact, names)
+                await asyncio.to_thread(self._records.redact, names, live.task.id)
+                live.task = live.task.without_classes(names)
                 await self._host.purge(number)
+                return version
             except (OSError, LimitExceededError, UnavailableError) as error:
                 log.warning("cannot forget all of it yet, trying on: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
-            else:
-                live.task = live.task.without_classes(names)
-                return version
 
     async def _end(self, live: _Live, state: TaskState, **changes: Any) -> None:
         ended = replace(live.task, state=state, end_time=now(), **changes)
