@@ -36,7 +36,7 @@ from inflora_core.errors import (
     ParityError,
     UnsupportedBackboneError,
 )
-from inflora_core.export import check_parity, export_template
+from inflora_core.export import check_edit, check_parity, export_template
 from inflora_core.model import BackboneConfig, ClassEntry, ContinualModel, LayerState
 from tests.core.test_backbone import DEIT_TINY, FAMILIES, write
 
@@ -273,6 +273,27 @@ def test_damaged_files_are_said_to_be(vit: Exported) -> None:
             graph.read_metadata(content)
         with pytest.raises(DamagedError):
             graph.split(content)
+
+
+def test_a_file_of_fewer_classes_is_compared_with_the_one_before(vit: Exported) -> None:
+    backbone, template = vit
+    model = learned(backbone, 4)
+    before = graph.materialise(template, model, 1)
+    left = replace(
+        model,
+        head_weight=model.head_weight[[0, 2, 3]],
+        head_bias=model.head_bias[[0, 2, 3]],
+        classes=(model.classes[0], *model.classes[2:]),
+    )
+    after = graph.materialise(template, left, 2)
+    check_edit(before, after, [0, 2, 3])
+    with pytest.raises(ParityError, match="the version before differ"):
+        check_edit(before, after, [0, 1, 3])
+    with pytest.raises(ParityError, match="the version before"):
+        check_edit(before, after, [0, 2])
+    touched = replace(left, head_bias=left.head_bias + np.float32([0, 0, 1e-2]))
+    with pytest.raises(ParityError, match="the version before differ"):
+        check_edit(before, graph.materialise(template, touched, 2), [0, 2, 3])
 
 
 def test_a_difference_is_found(vit: Exported) -> None:

@@ -118,9 +118,6 @@ def test_names_and_a_purge(folder: Path) -> None:
             ("green", ()),
             ("blue", ()),
         ]
-        # What is learned under an alias is of the class, not of another one.
-        with pytest.raises(Exception, match="'rouge'"):
-            client.wait(client.learn(examples("red", each=4), **QUICKLY))
         client.wait(client.forget("green", purge=True))
         assert [version.purged for version in client.versions()] == [False, True, True]
         assert named(client) == {"rouge", "blue"}
