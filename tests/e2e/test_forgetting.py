@@ -124,10 +124,7 @@ def test_names_and_a_purge(folder: Path) -> None:
         for call in (client.promote, client.download, lambda n: client.predict(images, version=n)):
             with pytest.raises(FailedPreconditionError, match="use version 3"):
                 call(1)
-    files = [path for path in server.store.rglob("*") if path.is_file()]
-    assert not [path for path in files if b"green" in path.read_bytes()]
-
-    with serving(folder) as server, connect(server) as client:
-        assert named(client) == {"rouge", "blue"}
+        files = [path for path in server.store.rglob("*") if path.is_file()]
+        assert not [path for path in files if b"green" in path.read_bytes()]
         assert learn(client, "white") == 4  # its weights are made of what the purge has left
         assert named(client) == {"rouge", "blue", "white"}
