@@ -49,11 +49,11 @@ class LearnConfig(BaseModel):
     """What the design and the memory rank directions by: ``C C`` or ``C``."""
     first_task: FirstTask = "reach"
     """``one-fewer``: after the first task one direction fewer than the threshold asks for."""
-    threshold_first: float = Field(0.999, gt=0, lt=1)
+    threshold_first: float = Field(0.97, gt=0, lt=1)
     """``lamb``: share of energy protected after the first task."""
     threshold_last: float = Field(1.0, gt=0, le=1)
     """``lame``: what the threshold rises towards."""
-    threshold_limit: float = Field(0.9999, gt=0, lt=1)
+    threshold_limit: float = Field(0.985, gt=0, lt=1)
     """Never reached by the schedule's own doing: at 1 nothing would be free for later tasks."""
     expected_tasks: int | None = Field(None, ge=1, le=100_000)
     """T of the published schedule. None: the number of tasks is not known."""
@@ -61,7 +61,7 @@ class LearnConfig(BaseModel):
     """What answers: the heads as each was trained in its task, or linear discriminant analysis
     from the statistics of all classes. The latter keeps tasks apart, too (``heads.py``)."""
 
-    softness: float = Field(0.35, ge=0, lt=1)
+    softness: float = Field(0.2, ge=0, lt=1)
     """How unsure of itself the LDA head is that A_t is trained against: its cross-entropy on the
     task's images, each left out, as a share of that of a head that knows nothing."""
 
@@ -105,6 +105,7 @@ PRESETS: dict[str, LearnConfig] = {
         first_task="one-fewer",
         threshold_first=0.95,
         threshold_last=1.0,
+        threshold_limit=0.9999,
         expected_tasks=10,
         head="trained",
         held_out_share=0.0,

@@ -198,8 +198,8 @@ class Evaluation:
 
 
 def positions_by_label(classes: Iterable[ClassEntry]) -> dict[str, int]:
-    """Return which label means which position in the class table: the one place that says so."""
-    return {entry.label: position for position, entry in enumerate(classes)}
+    """Return which label or alias means which position in the class table."""
+    return {name: position for position, entry in enumerate(classes) for name in entry.names}
 
 
 def best_columns(logits: NDArray[Any], probabilities: NDArray[Any]) -> NDArray[np.intp]:

@@ -31,6 +31,7 @@ from inflora_core.graph import (
     PIXELS,
     compose,
     key_weight,
+    read_metadata,
     split,
     value_weight,
 )
@@ -46,6 +47,7 @@ GREY_LEVELS = 1.0
 AGREEMENT = 0.995
 """Smallest share of images that ONNX and torch must name alike, end to end."""
 
+_TOLERANCE = 1e-4
 _CHUNK = 32
 _PARTS = ("query", "key", "value")
 
@@ -83,7 +85,7 @@ def check_parity(
     pixels: Tensor,
     images: Sequence[NDArray[np.uint8]],
     backbone: Backbone,
-    tolerance: float = 1e-4,
+    tolerance: float = _TOLERANCE,
 ) -> ParityReport:
     """Compare a version's file with the torch model before merging, on a task's own images.
 
@@ -128,19 +130,46 @@ def check_parity(
     )
 
 
+def check_edit(before: bytes, after: bytes, columns: Sequence[int]) -> None:
+    """Compare a version's file with that of its parent, whose classes it knows, or some of them.
+
+    There are no images, so what both see is noise. It is the head that must be the same, and
+    whatever goes in shows whether it is.
+
+    Args:
+        before: The parent's composed file.
+        after: The composed file.
+        columns: For each class of ``after``, in order, its position in ``before``.
+
+    Raises:
+        ParityError: the logits of a class differ.
+        DamagedError: if one of them is not a composed file.
+    """
+    size = read_metadata(after).preprocessing
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((4, 3, size.height, size.width), np.float32)
+    expected, answered = (
+        _session(split(model)[1]).run([LOGITS], {PIXELS: pixels})[0] for model in (before, after)
+    )
+    _difference(answered, expected[:, list(columns)], _TOLERANCE, "the version before")
+
+
 def _difference(
-    answered: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float
+    answered: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    tolerance: float,
+    other: str = "torch",
 ) -> tuple[float, float]:
     """Return the largest difference of two logits, and the one allowed."""
     if answered.shape != expected.shape:
-        raise ParityError(f"ONNX gives logits {answered.shape}, torch {expected.shape}")
+        raise ParityError(f"ONNX gives logits {answered.shape}, {other} {expected.shape}")
     if not (np.isfinite(answered).all() and np.isfinite(expected).all()):
         raise ParityError("a logit is not finite")
     difference = float(np.abs(answered - expected).max())
     allowed = tolerance * max(1.0, float(np.abs(expected).max()) / 10)
     if difference > allowed:
         raise ParityError(
-            f"logits of ONNX and torch differ by {difference:.2e}, more than {allowed:.2e}"
+            f"logits of ONNX and {other} differ by {difference:.2e}, more than {allowed:.2e}"
         )
     return difference, allowed
 

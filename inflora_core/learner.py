@@ -48,6 +48,7 @@ from inflora_core.model import (
     Learned,
     Stage,
     TaskReport,
+    new_classes,
 )
 from inflora_core.moments import Moments, record_moments
 from inflora_core.progress import Tracker
@@ -189,7 +190,7 @@ def class_table(
     """
     if len(data) == 0:
         raise InvalidInputError("the task has no images", field="examples")
-    known = {entry.label: position for position, entry in enumerate(before.classes)}
+    known = {name: i for i, entry in enumerate(before.classes) for name in entry.names}
     again = [name for name in data.names if name in known]
     if again and config.head == "trained":
         raise StateError(
@@ -200,7 +201,7 @@ def class_table(
     new = [name for name in data.names if name not in known]
     known |= {name: len(before.classes) + i for i, name in enumerate(new)}
     positions = np.array([known[name] for name in data.names], np.int64)[data.labels]
-    return before.classes + tuple(ClassEntry(name, task) for name in new), positions
+    return before.classes + new_classes(new, task), positions
 
 
 def prepare(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -18,6 +19,9 @@ LEVELS = 99
 MOST_NOVEL = 2.0
 """No score is higher."""
 
+MARK = "[forgotten]"
+"""What stands in place of a purged class's names."""
+
 
 class TaskState(StrEnum):
     """Where a task is on its way from upload to version."""
@@ -32,6 +36,14 @@ class TaskState(StrEnum):
     def ended(self) -> bool:
         """Whether nothing will change any more."""
         return self in (TaskState.PUBLISHED, TaskState.FAILED, TaskState.CANCELLED)
+
+
+class TaskKind(StrEnum):
+    """What a task does to the model."""
+
+    LEARN = "LEARN"
+    FORGET = "FORGET"
+    UPDATE_CLASS = "UPDATE_CLASS"
 
 
 class Stage(StrEnum):
@@ -115,6 +127,12 @@ class TaskReport:
     warnings: tuple[str, ...] = ()
     parity: ParityReport | None = None
 
+    def without_classes(self, labels: Collection[str]) -> TaskReport:
+        """Return the report without what it says of classes of these labels."""
+        kept = {name: n for name, n in self.held_out_counts.items() if name not in labels}
+        warnings = tuple(redacted(warning, labels) for warning in self.warnings)
+        return replace(self, held_out_counts=kept, warnings=warnings)
+
     @property
     def leak(self) -> float:
         """Largest leak of any layer."""
@@ -142,6 +160,40 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Forget:
+    """Forget classes for good.
+
+    Attributes:
+        labels: What the classes are called: labels or aliases.
+        purge: Whether the data of older versions that know them go, too.
+    """
+
+    labels: tuple[str, ...]
+    purge: bool = False
+
+
+@dataclass(frozen=True)
+class ClassUpdate:
+    """Change what a class is called; at least one of the changes is asked for.
+
+    Attributes:
+        label: What it is called: its label or an alias.
+        new_label: Its label from now on, None to keep it.
+        add_aliases: More names that mean it.
+        remove_aliases: Names that do not mean it any more.
+    """
+
+    label: str
+    new_label: str | None = None
+    add_aliases: tuple[str, ...] = ()
+    remove_aliases: tuple[str, ...] = ()
+
+
+Edit = Forget | ClassUpdate
+"""What a task other than LEARN asks for: a change of the class table, without any learning."""
+
+
+@dataclass(frozen=True)
 class Task:
     """A task's record. ``id`` is the last part of its resource name."""
 
@@ -163,14 +215,88 @@ class Task:
     version: int | None = None
     failure: Failure | None = None
     report: TaskReport | None = None
+    edit: Edit | None = None
+    """What to change, unless the task is to learn. It has no classes or examples then."""
+
+    def without_classes(self, names: Collection[str]) -> Task:
+        """Return the record without names of classes, and without what would give them away."""
+
+        def shown(name: str) -> str:
+            return MARK if name in names else name
+
+        edit = self.edit
+        match edit:
+            case Forget():
+                edit = replace(edit, labels=tuple(map(shown, edit.labels)))
+            case ClassUpdate():
+                edit = ClassUpdate(
+                    shown(edit.label),
+                    edit.new_label and shown(edit.new_label),
+                    tuple(map(shown, edit.add_aliases)),
+                    tuple(map(shown, edit.remove_aliases)),
+                )
+        failure = self.failure
+        if failure is not None:
+            failure = replace(failure, message=redacted(failure.message, names))
+        return replace(
+            self,
+            display_name=shown(self.display_name),
+            # Whose hash it is, is soon guessed where there is nothing but a name in it.
+            content_sha256=self.content_sha256 if edit == self.edit else "",
+            labels=tuple(map(shown, self.labels)),
+            failure=failure,
+            report=self.report and self.report.without_classes(names),
+            edit=edit,
+        )
+
+    @property
+    def kind(self) -> TaskKind:
+        """What it does to the model."""
+        if self.edit is None:
+            return TaskKind.LEARN
+        return TaskKind.FORGET if isinstance(self.edit, Forget) else TaskKind.UPDATE_CLASS
 
 
 @dataclass(frozen=True)
 class ClassEntry:
-    """A class that the model knows; its position in the table is its logit's."""
+    """A class that the model knows; its position in the table is its logit's.
+
+    Attributes:
+        label: What it is called.
+        task: The task that first taught it.
+        key: Which class it is, whatever it is called: no two classes of a store share one.
+        aliases: Other names under which examples of it may arrive.
+    """
 
     label: str
     task: str
+    key: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its label, then its aliases; no name means two classes of a table."""
+        return (self.label, *self.aliases)
+
+
+def new_classes(labels: Iterable[str], task: str) -> tuple[ClassEntry, ...]:
+    """Return the entries of the classes that ``task`` is the first to teach."""
+    return tuple(ClassEntry(label, task, f"{task}.{i}") for i, label in enumerate(labels))
+
+
+def position_of(classes: Sequence[ClassEntry], name: str) -> int | None:
+    """Return the position of the class with this label or alias, None if there is none."""
+    return next((i for i, entry in enumerate(classes) if name in entry.names), None)
+
+
+class VersionState(StrEnum):
+    """What became of a version since it was published."""
+
+    WHOLE = "WHOLE"
+    REDUCED = "REDUCED"
+    """It knew classes that were forgotten since; it answers without them."""
+    PURGED = "PURGED"
+    """Its data were deleted with a class that it knew; only its factors are kept."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +320,12 @@ class Version:
     classes: tuple[ClassEntry, ...]
     files: tuple[FileEntry, ...]
     create_time: datetime
-    report: TaskReport
+    report: TaskReport | None
+    """None where nothing was learned: its task changed the class table only."""
+    forgets: tuple[str, ...] = ()
+    """Keys of the classes that are forgotten from this version on."""
+    state: VersionState = VersionState.WHOLE
+    """Not in the manifest: it is found when that is read."""
 
     def file(self, name: str) -> FileEntry | None:
         """Return the entry called ``name``, or None."""
@@ -340,6 +471,10 @@ class ContinualModel:
         """Return the positions of the classes that ``task`` taught."""
         return [i for i, entry in enumerate(self.classes) if entry.task == task]
 
+    def position_of(self, name: str) -> int | None:
+        """Return the position of the class with this label or alias, None if there is none."""
+        return position_of(self.classes, name)
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -400,6 +535,14 @@ class LabelledImages:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.images)
+
+
+def redacted(text: str, names: Iterable[str]) -> str:
+    """Return a message without names of classes, which our messages always quote."""
+    for name in names:
+        for quoted in (repr(name), ascii(name)):
+            text = text.replace(quoted, MARK)
+    return text
 
 
 def now() -> datetime:

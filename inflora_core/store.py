@@ -9,6 +9,7 @@
     models/default/
         backbone                         sha256 of the backbone in use
         CURRENT                          number of the current version
+        forgotten.json                   keys of forgotten classes, and which of them are purged
         versions/00000001/
             factors.safetensors          A_t and B_t of the version's task
             head.safetensors             weight and bias of all classes, their statistics, novelty
@@ -21,26 +22,33 @@
 Everything is written to ``drafts``, flushed to the disk, and renamed into its place, so that a
 reader sees a version whole or not at all. K and V weights are not stored: they are the backbone's
 with the factors of the version's ancestors merged in order, rounded to float32 after each.
+
+What is published never changes, but for one thing: classes can be forgotten. From then on a version
+that knew them is read without them, and after a purge it is not read any more: its manifest lists
+its factors only, of which later versions are made, and those names no forgotten class.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Never
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, load_file, save
 
-from inflora_core import durable
+from inflora_core import durable, edits
 from inflora_core.errors import (
     DamagedError,
     InvalidInputError,
@@ -51,16 +59,22 @@ from inflora_core.errors import (
 from inflora_core.graph import materialise
 from inflora_core.merge import merge
 from inflora_core.model import (
+    MARK,
     Array,
     BackboneConfig,
     Calibration,
+    ClassEntry,
     ContinualModel,
+    Edit,
     Factors,
     FileEntry,
+    Forget,
     LayerState,
     Learned,
     Novelty,
+    TaskReport,
     Version,
+    VersionState,
     now,
 )
 
@@ -74,6 +88,14 @@ MODEL = "default"
 
 ONNX_FILE = "model.onnx"
 
+_FACTORS = "factors.safetensors"
+_HEAD = "head.safetensors"
+_MEMORY = "memory.safetensors"
+_WITHHELD = (ONNX_FILE, _HEAD)
+"""What of a REDUCED version holds rows of forgotten classes."""
+_PURGED = (ONNX_FILE, _HEAD, _MEMORY)
+"""What a purge deletes. The factors stay: later versions' weights are made of them."""
+
 _MANIFEST = "manifest.json"
 _MANIFEST_SUM = "manifest.sha256"
 _FORMAT_DRAFT = ".FORMAT."
@@ -81,6 +103,19 @@ _NOVELTY = ("weight", "bias", "whitening", "offset")
 _VERSION = TypeAdapter(Version)
 _CONFIG = TypeAdapter(BackboneConfig)
 _FILES = TypeAdapter(tuple[FileEntry, ...])
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Keys of classes that no version may know any more.
+
+    Attributes:
+        keys: All of them.
+        purged: Those whose data were asked to be deleted.
+    """
+
+    keys: frozenset[str] = frozenset()
+    purged: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -102,6 +137,9 @@ class Store:
         self._model = root / "models" / MODEL
         self._versions = self._model / "versions"
         self._drafts = root / "drafts"
+        self._forgotten = self._model / "forgotten.json"
+        # A file that is being made again must not come back after it was purged.
+        self._rewriting = threading.Lock()
 
     @classmethod
     def open(cls, root: str | os.PathLike[str]) -> Store:
@@ -223,12 +261,25 @@ class Store:
         )
 
     def version(self, number: int) -> Version:
-        """Return the manifest of version ``number``.
+        """Return the manifest of version ``number``, without classes that are forgotten.
 
         Raises:
             NotFoundError: there is no such version.
-            DamagedError: its manifest cannot be read.
+            DamagedError: its manifest, or the list of forgotten classes, cannot be read.
         """
+        version, forgotten = self._manifest(number), self.forgotten()
+        known = {entry.key for entry in version.classes}
+        if known.isdisjoint(forgotten.keys):
+            return version
+        purged = not known.isdisjoint(forgotten.purged)
+        return replace(
+            version,
+            classes=tuple(entry for entry in version.classes if entry.key not in forgotten.keys),
+            state=VersionState.PURGED if purged else VersionState.REDUCED,
+        )
+
+    def _manifest(self, number: int) -> Version:
+        """Return the manifest of version ``number`` as it is on the disk."""
         folder = self._folder(number)
         if not folder.is_dir():
             raise NotFoundError(f"there is no version {number}", field="name")
@@ -265,15 +316,18 @@ class Store:
         durable.replace(self._model / "CURRENT", f"{number}\n".encode())
 
     def verify(self, number: int) -> Version:
-        """Return the manifest after checking size and sha256 of every file of the version.
+        """Return the manifest after checking size and sha256 of every file that is used.
 
         Raises:
             NotFoundError: there is no such version.
+            StateError: it can answer nothing any more, because of what was forgotten.
             DamagedError: naming the first file that is not what it was.
         """
         version = self.version(number)
+        self._check_usable(version)
         for entry in version.files:
-            _check(self._folder(number), entry)
+            if version.state is VersionState.WHOLE or entry.name != ONNX_FILE:
+                _check(self._folder(number), entry)
         return version
 
     def path(self, number: int, name: str) -> Path:
@@ -282,36 +336,51 @@ class Store:
         Raises:
             NotFoundError: there is no such version or file. A name with a path in it is never
                 in a manifest, so it cannot lead out of the store.
+            StateError: the file holds what was forgotten, or is purged.
         """
-        if self.version(number).file(name) is None:
+        version = self.version(number)
+        if name in _withheld(version):
+            raise StateError(
+                f"{name} of version {number} holds a class that was forgotten since"
+                + self._instead(),
+                field="name",
+            )
+        if version.file(name) is None:
             raise NotFoundError(f"version {number} has no artifact {name!r}", field="artifact")
         return self._folder(number) / name
+
+    def artifacts(self, version: Version) -> tuple[FileEntry, ...]:
+        """Return the files of a version that ``path`` leads to."""
+        return tuple(entry for entry in version.files if entry.name not in _withheld(version))
 
     def load_model(self, number: int | None) -> ContinualModel:
         """Return the state of version ``number``, or the initial one for None.
 
+        Classes that are forgotten are not in it, whichever version it is of: what is learned on an
+        older version must not bring them back.
+
         Raises:
             NotFoundError: there is no such version.
+            StateError: it was purged.
             DamagedError: a file of it, of an ancestor or of the backbone is damaged.
         """
         start = self.initial_model(self.backbone())
         if number is None:
             return start
-        lineage = [self.version(number)]
+        if self.version(number).state is VersionState.PURGED:
+            self._refuse_purged(number)
+        lineage = [self._manifest(number)]
         while (parent := lineage[-1].parent) is not None:
-            lineage.append(self.version(parent))
+            lineage.append(self._manifest(parent))
         merged = {name: layer.key_value for name, layer in start.layers.items()}
         for version in reversed(lineage):
-            factors = self._tensors(version, "factors.safetensors")
+            factors = self._tensors(version, _FACTORS)
             for name, key_value in merged.items():
                 if f"{name}.expansion" in factors:
                     pair = Factors(factors[f"{name}.expansion"], factors[f"{name}.reduction"])
                     merged[name] = merge(key_value, pair)
         newest = lineage[0]
-        memory, head = (
-            self._tensors(newest, "memory.safetensors"),
-            self._tensors(newest, "head.safetensors"),
-        )
+        memory, head = self._tensors(newest, _MEMORY), self._tensors(newest, _HEAD)
         layers = {
             name: LayerState(
                 key_value=key_value,
@@ -322,12 +391,12 @@ class Store:
             )
             for name, key_value in merged.items()
         }
-        return ContinualModel(
+        model = ContinualModel(
             layers=layers,
             head_weight=head["weight"],
             head_bias=head["bias"],
             classes=newest.classes,
-            tasks=len(lineage),
+            tasks=sum(version.report is not None for version in lineage),
             version=number,
             class_means=head["class_means"],
             class_counts=head["class_counts"],
@@ -340,20 +409,38 @@ class Store:
             ),
             capacity=memory["capacity"],
         )
+        return edits.without(model, self.forgotten().keys)
+
+    def make_onnx(self, number: int) -> bytes:
+        """Return the ONNX file of a version as it may answer now: without forgotten classes.
+
+        Of a version that is WHOLE, these are the bytes of its ``model.onnx``.
+
+        Raises:
+            NotFoundError: there is no such version.
+            StateError: it can answer nothing any more, because of what was forgotten.
+            DamagedError: what it is made from is damaged.
+        """
+        self._check_usable(self.version(number))
+        template = self.backbone().template_path.read_bytes()
+        return materialise(template, self.load_model(number), number)
 
     def rebuild_onnx(self, number: int) -> None:
         """Make ``model.onnx`` of a version again, from the template and what the task changed.
 
         Raises:
             NotFoundError: there is no such version.
+            StateError: it can answer nothing any more, because of what was forgotten.
             DamagedError: what it is made from is damaged, or the result is another file.
         """
-        entry = self.version(number).file(ONNX_FILE)
-        template = self.backbone().template_path.read_bytes()
-        content = materialise(template, self.load_model(number), number)
-        if entry != _entry(ONNX_FILE, content):
-            raise DamagedError(f"{ONNX_FILE} of version {number} is damaged, and cannot be rebuilt")
-        durable.replace(self._folder(number) / ONNX_FILE, content)
+        with self._rewriting:
+            entry = self.version(number).file(ONNX_FILE)
+            content = self.make_onnx(number)
+            if entry != _entry(ONNX_FILE, content):
+                raise DamagedError(
+                    f"{ONNX_FILE} of version {number} is damaged, and cannot be rebuilt"
+                )
+            durable.replace(self._folder(number) / ONNX_FILE, content)
 
     def next_number(self) -> int:
         """Return the number that ``publish`` will give."""
@@ -367,46 +454,197 @@ class Store:
             task: Id of the task that was learned.
             onnx: The merged model.
         """
+        return self._publish(learned.model, task, onnx, learned.factors, learned.report)
+
+    def publish_edit(self, edited: edits.Edited, task: str, onnx: bytes) -> Version:
+        """Make ``edited`` a version, durable and whole, but not yet current.
+
+        Classes are forgotten once ``forget`` is told of the version's ``forgets``.
+
+        Args:
+            edited: The state; ``edited.model.version`` names the parent.
+            task: Id of the task that asked for it.
+            onnx: The merged model.
+        """
+        return self._publish(edited.model, task, onnx, forgets=edited.forgets)
+
+    def _publish(
+        self,
+        model: ContinualModel,
+        task: str,
+        onnx: bytes,
+        factors: Mapping[str, Factors] | None = None,
+        report: TaskReport | None = None,
+        forgets: tuple[str, ...] = (),
+    ) -> Version:
         number = self.next_number()
-        calibration = learned.model.calibration
-        factors, memory = {}, {"capacity": learned.model.capacity}
-        for name, layer in learned.model.layers.items():
+        calibration = model.calibration
+        changes, memory = {}, {"capacity": model.capacity}
+        for name, pair in (factors or {}).items():
+            changes[f"{name}.expansion"] = pair.expansion
+            changes[f"{name}.reduction"] = pair.reduction
+        for name, layer in model.layers.items():
             memory[f"{name}.basis"] = layer.basis
             memory[f"{name}.protected"] = np.asarray(layer.protected, np.int64)
             memory[f"{name}.moment"] = layer.moment
             memory[f"{name}.tokens"] = np.asarray(layer.tokens, np.int64)
-            if name in learned.factors:
-                factors[f"{name}.expansion"] = learned.factors[name].expansion
-                factors[f"{name}.reduction"] = learned.factors[name].reduction
         head = {
-            "weight": learned.model.head_weight,
-            "bias": learned.model.head_bias,
-            "class_means": learned.model.class_means,
-            "class_counts": learned.model.class_counts,
-            "class_scatter": learned.model.class_scatter,
-            **{f"novelty.{part}": getattr(learned.model.novelty, part) for part in _NOVELTY},
+            "weight": model.head_weight,
+            "bias": model.head_bias,
+            "class_means": model.class_means,
+            "class_counts": model.class_counts,
+            "class_scatter": model.class_scatter,
+            **{f"novelty.{part}": getattr(model.novelty, part) for part in _NOVELTY},
             "calibration.images": np.asarray(calibration.images, np.int64),
             "calibration.log_temperature": np.asarray(calibration.log_temperature, np.float64),
             "calibration.levels": calibration.levels,
         }
         files = {
-            "factors.safetensors": _save(factors),
-            "head.safetensors": _save(head),
-            "memory.safetensors": _save(memory),
+            _FACTORS: _save(changes),
+            _HEAD: _save(head),
+            _MEMORY: _save(memory),
             ONNX_FILE: onnx,
         }
         version = Version(
             number=number,
-            parent=learned.model.version,
+            parent=model.version,
             task=task,
             backbone=(self._model / "backbone").read_text().strip(),
-            classes=learned.model.classes,
+            classes=model.classes,
             files=tuple(_entry(name, data) for name, data in files.items()),
             create_time=now(),
-            report=learned.report,
+            report=report,
+            forgets=forgets,
         )
-        self._commit(files, _VERSION.dump_json(version, indent=1), self._folder(number))
+        self._commit(files, _dump(version), self._folder(number))
         return version
+
+    # -- forgetting -------------------------------------------------------------------------
+
+    def forgotten(self) -> Forgotten:
+        """Return which classes are forgotten.
+
+        Raises:
+            DamagedError: the list cannot be read. What is on it must not come back, so nothing
+                can be loaded then.
+        """
+        try:
+            content = json.loads(self._forgotten.read_bytes())
+            keys, purged = content["forgotten"], content["purged"]
+            if content["sha256"] != _forgotten_sum(keys, purged):
+                raise DamagedError(f"{self._forgotten} does not have its checksum")
+            return Forgotten(frozenset(keys), frozenset(purged))
+        except FileNotFoundError:
+            return Forgotten()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedError(f"{self._forgotten} cannot be read: {error}") from error
+
+    def forget(self, keys: Collection[str]) -> None:
+        """Forget classes for good, durably: no version is read with them any more.
+
+        Doing it again changes nothing. Only the one process that promotes may call this.
+        """
+        known = self.forgotten()
+        self._remember(Forgotten(known.keys.union(keys), known.purged))
+
+    def purge(self, keys: Collection[str]) -> None:
+        """Delete the data of all versions that know one of these classes, which are forgotten.
+
+        Such versions can never be used again. An interrupted purge is finished by another call.
+        A version whose manifest is damaged is left alone, and named in the log: nothing says what
+        it knows. Only the one process that promotes may call this.
+        """
+        known = self.forgotten()
+        self._remember(Forgotten(known.keys.union(keys), known.purged.union(keys)))
+        with self._rewriting:
+            for number, version in self._manifests():
+                if any(entry.key in keys for entry in version.classes):
+                    self._purge_version(number, version)
+
+    def names_of(self, keys: Collection[str]) -> frozenset[str]:
+        """Return what classes are, or once were, called, without names of classes of now."""
+        names: set[str] = set()
+        for _, version in self._manifests():
+            for entry in version.classes:
+                if entry.key in keys:
+                    names.update(entry.names)
+        current = self.current()
+        borne = self.version(current).classes if current is not None else ()
+        return frozenset(names.difference({MARK}, *(entry.names for entry in borne)))
+
+    def tables_for(self, edit: Edit) -> Iterator[tuple[ClassEntry, ...]]:
+        """Yield the class table of every version that can be read, for ``edits.apply``.
+
+        With classes that are forgotten already if they are to be purged now, as they can still be.
+        """
+        known = self.forgotten()
+        gone = known.purged if isinstance(edit, Forget) and edit.purge else known.keys
+        for _, version in self._manifests():
+            yield tuple(entry for entry in version.classes if entry.key not in gone)
+
+    def _remember(self, forgotten: Forgotten) -> None:
+        keys, purged = sorted(forgotten.keys), sorted(forgotten.purged)
+        content = {"forgotten": keys, "purged": purged, "sha256": _forgotten_sum(keys, purged)}
+        if forgotten != self.forgotten():
+            durable.replace(self._forgotten, json.dumps(content, indent=1).encode() + b"\n")
+
+    def _manifests(self) -> Iterator[tuple[int, Version]]:
+        """Yield the manifests that can be read, as they are on the disk."""
+        for number in self.numbers():
+            try:
+                yield number, self._manifest(number)
+            except DamagedError as error:
+                log.warning("passing over version %d: %s", number, error)
+
+    def _purge_version(self, number: int, version: Version) -> None:
+        """Take a version's data away, and the names of all its purged classes."""
+        purged = self.forgotten().purged
+        names = {name for entry in version.classes if entry.key in purged for name in entry.names}
+        redacted = replace(
+            version,
+            classes=tuple(
+                replace(entry, label=MARK, aliases=()) if entry.key in purged else entry
+                for entry in version.classes
+            ),
+            files=tuple(entry for entry in version.files if entry.name not in _PURGED),
+            report=version.report and version.report.without_classes(names),
+        )
+        folder = self._folder(number)
+        if redacted != version:
+            old, new = (folder / _MANIFEST).read_bytes(), _dump(redacted)
+            # Two files cannot be replaced at once. For a moment both contents are right.
+            durable.replace(folder / _MANIFEST_SUM, _manifest_sum(old) + _manifest_sum(new))
+            durable.replace(folder / _MANIFEST, new)
+        durable.replace(folder / _MANIFEST_SUM, _manifest_sum((folder / _MANIFEST).read_bytes()))
+        # Also what an interrupted writer left: it may be a copy.
+        for path in (*(folder / name for name in _PURGED), *folder.glob(".*")):
+            path.unlink(missing_ok=True)
+        durable.sync_folder(folder)
+
+    def _check_usable(self, version: Version) -> None:
+        """Refuse a version that can answer nothing any more."""
+        if version.state is VersionState.PURGED:
+            self._refuse_purged(version.number)
+        if not version.classes:
+            raise StateError(
+                f"all classes of version {version.number} are forgotten" + self._instead(),
+                field="name",
+            )
+
+    def _refuse_purged(self, number: int) -> Never:
+        raise StateError(
+            f"version {number} knew a class that was forgotten, and its data are deleted"
+            + self._instead(),
+            field="name",
+        )
+
+    def _instead(self) -> str:
+        """Return the end of a message: which version there is in place of a forgotten one."""
+        for number in reversed(self.numbers()):
+            with contextlib.suppress(DamagedError):
+                if self.version(number).state is VersionState.WHOLE:
+                    return f"; use version {number}"
+        return ""
 
     def _folder(self, number: int) -> Path:
         return self._versions / f"{number:08d}"
@@ -459,10 +697,32 @@ def _may_be_in_new_store(path: Path) -> bool:
     return path.name == "lost+found" or path.name.startswith(_FORMAT_DRAFT)
 
 
+def _withheld(version: Version) -> tuple[str, ...]:
+    """Return the files of a version that nobody may have any more."""
+    match version.state:
+        case VersionState.REDUCED:
+            return _WITHHELD
+        case VersionState.PURGED:
+            return _PURGED
+    return ()
+
+
+def _dump(version: Version) -> bytes:
+    return _VERSION.dump_json(version, indent=1, exclude={"state"})
+
+
+def _forgotten_sum(keys: list[str], purged: list[str]) -> str:
+    return hashlib.sha256(json.dumps([keys, purged]).encode()).hexdigest()
+
+
 def _read_manifest(folder: Path) -> bytes:
+    # Before and after: a purge may replace the manifest meanwhile. While it does, there are two
+    # lines, of the old one and of the new one.
+    sums = (folder / _MANIFEST_SUM).read_bytes()
     content = (folder / _MANIFEST).read_bytes()
+    sums += (folder / _MANIFEST_SUM).read_bytes()
     # A flipped bit in a class's name would pass for a class of another name.
-    if (folder / _MANIFEST_SUM).read_bytes() != _manifest_sum(content):
+    if _manifest_sum(content) not in sums.splitlines(keepends=True):
         raise DamagedError(f"{folder / _MANIFEST} does not have its checksum")
     return content
 

@@ -6,6 +6,7 @@ Commands come as JSON lines on standard input, events leave as JSON lines on sta
 
     {"command": "prepare", "backbone": "bundled", "architecture": null}
     {"command": "learn", "task": "...", "spool": "...", "settings": {...}, "parent": 3}
+    {"command": "edit", "task": "...", "edit": {...}, "parent": 3}
     {"command": "cancel", "task": "..."}
 
     {"event": "ready"}                                imports are done
@@ -39,8 +40,9 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
-from inflora_core import bundled, durable
+from inflora_core import bundled, durable, edits
 from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import (
@@ -49,17 +51,26 @@ from inflora_core.errors import (
     LimitExceededError,
     UnavailableError,
 )
-from inflora_core.export import check_parity, export_template
+from inflora_core.export import check_edit, check_parity, export_template
 from inflora_core.graph import materialise
 from inflora_core.images import decode
 from inflora_core.learner import before_merging, learn_task
-from inflora_core.model import Array, ContinualModel, LabelledImages, Progress, Stage
+from inflora_core.model import (
+    Array,
+    ContinualModel,
+    Edit,
+    LabelledImages,
+    Progress,
+    Stage,
+)
 from inflora_core.predictor import processors
 from inflora_core.progress import Tracker
 from inflora_core.spool import read_spool
 from inflora_core.store import Store
 
 log = logging.getLogger(__name__)
+
+_EDIT: TypeAdapter[Edit] = TypeAdapter(Edit)
 
 _LIMITS = Limits()
 """Images were checked against the server's own limits when they arrived."""
@@ -99,8 +110,8 @@ class Worker:
         if done is not None:
             return done
         tracker.start(Stage.DECODING)
-        backbone, before = self._load(parent)
-        data, sample = self._decode(spool, backbone, tracker)
+        backbone, before = self._load(), self._state(parent)
+        data, sample = self._decode(spool, backbone, before, tracker)
         learned = learn_task(before, backbone, data, task, config, tracker)
 
         tracker.start(Stage.EXPORTING)
@@ -117,21 +128,50 @@ class Worker:
         self._newest = replace(learned.model, version=number)
         return number
 
-    def _load(self, parent: int | None) -> tuple[Backbone, ContinualModel]:
+    def edit(self, task: str, edit: Edit, parent: int | None, tracker: Tracker) -> int:
+        """Change the class table of version ``parent``; return the new version."""
+        done = self._store.version_of_task(task)
+        if done is not None:
+            return done
+        tracker.start(Stage.EXPORTING)
+        before = self._state(parent)
+        edited = edits.apply(before, edit, self._store.tables_for(edit))
+        template = self._store.backbone().template_path.read_bytes()
+        number = self._store.next_number()
+        onnx = materialise(template, edited.model, number)
+
+        tracker.start(Stage.CHECKING)
+        positions = {entry.key: i for i, entry in enumerate(before.classes)}
+        columns = [positions[entry.key] for entry in edited.model.classes]
+        check_edit(materialise(template, before, number), onnx, columns)
+
+        tracker.start(Stage.PUBLISHING)
+        self._store.publish_edit(edited, task, onnx)
+        self._newest = replace(edited.model, version=number)
+        return number
+
+    def _load(self) -> Backbone:
         if self._backbone is None:
             stored = self._store.backbone()
             backbone = build_backbone(stored.config, self._store.load_weights(stored))
             backbone.module.to(self._device)
             self._backbone, self._template = backbone, stored.template_path.read_bytes()
-        if self._newest is None or self._newest.version != parent:
-            self._newest = self._store.load_model(parent)
-        return self._backbone, self._newest
+        return self._backbone
+
+    def _state(self, number: int | None) -> ContinualModel:
+        if self._newest is None or self._newest.version != number:
+            self._newest = self._store.load_model(number)
+        return self._newest
 
     def _decode(
-        self, spool: Path, backbone: Backbone, tracker: Tracker
+        self, spool: Path, backbone: Backbone, model: ContinualModel, tracker: Tracker
     ) -> tuple[LabelledImages, dict[int, bytes]]:
-        """Return the task's images at model size, and some of every class as they came."""
-        examples = list(read_spool(spool))
+        """Return the task's images at model size, and some of every class as they came.
+
+        An alias is taken for the class that it means.
+        """
+        meant = {alias: entry.label for entry in model.classes for alias in entry.aliases}
+        examples = [(image, meant.get(label, label)) for image, label in read_spool(spool)]
         positions = {label: i for i, label in enumerate(dict.fromkeys(x for _, x in examples))}
         labels = np.array([positions[label] for _, label in examples], np.int64)
         size = backbone.preprocessing
@@ -218,7 +258,7 @@ def serve(worker: Worker, channel: Channel) -> None:
                 worker.prepare(command["backbone"], command["architecture"])
                 channel.send("prepared")
             else:
-                number = learn(worker, channel, command)
+                number = work(worker, channel, command)
                 channel.send("learned", task=task, version=number)
         except CancelledError:
             channel.send("cancelled", task=task)
@@ -238,11 +278,14 @@ def serve(worker: Worker, channel: Channel) -> None:
             raise SystemExit(1) from error
 
 
-def learn(worker: Worker, channel: Channel, command: Mapping[str, Any]) -> int:
-    """Carry out one "learn" command; return the number of the new version."""
+def work(worker: Worker, channel: Channel, command: Mapping[str, Any]) -> int:
+    """Carry out one "learn" or "edit" command; return the number of the new version."""
     task: str = command["task"]
-    config = LearnConfig.model_validate(command["settings"])
     tracker = Tracker(lambda progress: channel.report(task, progress))
+    if command["command"] == "edit":
+        edit = _EDIT.validate_python(command["edit"])
+        return worker.edit(task, edit, command["parent"], tracker)
+    config = LearnConfig.model_validate(command["settings"])
     return worker.learn(task, Path(command["spool"]), config, command["parent"], tracker)
 
 

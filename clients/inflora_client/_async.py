@@ -59,6 +59,28 @@ class AsyncClient(ClientBase):
             source = bridge.source(examples)
             return await bridge.run(lambda client: client.learn(source, **options))
 
+    async def forget(
+        self, labels: str | Iterable[str], *, purge: bool = False, request_id: str = ""
+    ) -> Task:
+        """As ``Client.forget``."""
+        return await self._unary(calls.forget_classes(self._names, labels, purge, request_id))
+
+    async def update_class(
+        self,
+        label: str,
+        *,
+        new_label: str | None = None,
+        add_aliases: str | Iterable[str] = (),
+        remove_aliases: str | Iterable[str] = (),
+        request_id: str = "",
+    ) -> Task:
+        """As ``Client.update_class``."""
+        return await self._unary(
+            calls.update_class(
+                self._names, label, new_label, add_aliases, remove_aliases, request_id
+            )
+        )
+
     async def watch(self, task: TaskRef) -> AsyncIterator[Task]:
         """As ``Client.watch``."""
         async with aclosing(self._resume(self._watch(task))) as states:

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from inflora.v1 import learner_service_pb2, model_service_pb2, predictor_service_pb2
 from inflora_client import _channel as channel
 from inflora_client import _parse as parse
-from inflora_client._names import Names, TaskRef, VersionRef
+from inflora_client._names import Names, TaskRef, VersionRef, new_request_id, normalised
 from inflora_client.resources import PredictResult, Task, Version
 
 T = TypeVar("T")
@@ -57,6 +57,44 @@ def cancel_task(names: Names, task: TaskRef) -> Call[Task]:
     """CancelTask."""
     request = learner_service_pb2.CancelTaskRequest(name=names.task(task))
     return Call(channel.CANCEL_TASK, request, lambda r: parse.task(r.task))
+
+
+def _labels(labels: str | Iterable[str]) -> list[str]:
+    """A single label is no list of its letters."""
+    return [normalised(label) for label in ([labels] if isinstance(labels, str) else labels)]
+
+
+def forget_classes(
+    names: Names, labels: str | Iterable[str], purge: bool, request_id: str
+) -> Call[Task]:
+    """ForgetClasses."""
+    request = learner_service_pb2.ForgetClassesRequest(
+        parent=names.model,
+        labels=_labels(labels),
+        purge=purge,
+        request_id=request_id or new_request_id(),
+    )
+    return Call(channel.FORGET_CLASSES, request, lambda r: parse.task(r.task))
+
+
+def update_class(
+    names: Names,
+    label: str,
+    new_label: str | None,
+    add_aliases: str | Iterable[str],
+    remove_aliases: str | Iterable[str],
+    request_id: str,
+) -> Call[Task]:
+    """UpdateClass."""
+    request = learner_service_pb2.UpdateClassRequest(
+        parent=names.model,
+        label=normalised(label),
+        new_label=None if new_label is None else normalised(new_label),
+        add_aliases=_labels(add_aliases),
+        remove_aliases=_labels(remove_aliases),
+        request_id=request_id or new_request_id(),
+    )
+    return Call(channel.UPDATE_CLASS, request, lambda r: parse.task(r.task))
 
 
 def list_tasks(names: Names) -> PageCall[Task]:

@@ -74,6 +74,8 @@ _EVALUATOR = "inflora.v1.EvaluatorService"
 _MODEL = "inflora.v1.ModelService"
 
 LEARN_TASK = Rpc(_LEARNER, "LearnTask")
+FORGET_CLASSES = Rpc(_LEARNER, "ForgetClasses")
+UPDATE_CLASS = Rpc(_LEARNER, "UpdateClass")
 WATCH_TASK = Rpc(_LEARNER, "WatchTask")
 GET_TASK = Rpc(_LEARNER, "GetTask")
 LIST_TASKS = Rpc(_LEARNER, "ListTasks")
@@ -88,6 +90,8 @@ DOWNLOAD_ARTIFACT = Rpc(_MODEL, "DownloadArtifact")
 
 # The streams are not here: gRPC could only restart them from their beginning.
 _RETRIED_BY_GRPC = (
+    FORGET_CLASSES,
+    UPDATE_CLASS,
     GET_TASK,
     LIST_TASKS,
     CANCEL_TASK,

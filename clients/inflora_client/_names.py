@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+import uuid
 from dataclasses import dataclass
 
 from inflora_client.resources import Task, Version
@@ -11,6 +13,16 @@ TaskRef = str | Task
 
 VersionRef = int | str | Version
 """A version: ``3``, ``"3"``, ``"current"``, its full name, or the version itself."""
+
+
+def normalised(label: str) -> str:
+    """Return a label in the one form that the server takes; looks do not tell it from others."""
+    return unicodedata.normalize("NFC", label)
+
+
+def new_request_id() -> str:
+    """Return an id under which a request can be repeated without being carried out twice."""
+    return str(uuid.uuid4())
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _Flat = TypeVar("_Flat", bound="DataclassInstance")
-_Enum = TypeVar("_Enum", resources.TaskState, resources.TaskStage, resources.HeldOutMethod)
+_Enum = TypeVar(
+    "_Enum",
+    resources.TaskState,
+    resources.TaskStage,
+    resources.TaskKind,
+    resources.HeldOutMethod,
+)
 
 
 def _flat(kind: type[_Flat], message: Message) -> _Flat:
@@ -68,6 +74,22 @@ def task(message: task_pb2.Task) -> resources.Task:
         start_time=_time(message, "start_time"),
         end_time=_time(message, "end_time"),
         report=_report(message.report) if message.HasField("report") else None,
+        kind=_enum(resources.TaskKind, task_pb2.TaskKind, "TASK_KIND_", message.kind),
+        forget=_forget(message.forget) if message.HasField("forget") else None,
+        update=_update(message.update) if message.HasField("update") else None,
+    )
+
+
+def _forget(message: task_pb2.Forget) -> resources.Forget:
+    return resources.Forget(labels=tuple(message.labels), purge=message.purge)
+
+
+def _update(message: task_pb2.ClassUpdate) -> resources.ClassUpdate:
+    return resources.ClassUpdate(
+        label=message.label,
+        new_label=_optional(message, "new_label"),
+        add_aliases=tuple(message.add_aliases),
+        remove_aliases=tuple(message.remove_aliases),
     )
 
 
@@ -109,9 +131,13 @@ def version(message: model_service_pb2.Version) -> resources.Version:
         task=message.task,
         create_time=_time(message, "create_time"),
         current=message.current,
-        classes=tuple(_flat(resources.VersionClass, c) for c in message.classes),
+        classes=tuple(
+            resources.VersionClass(label=c.label, task=c.task, aliases=tuple(c.aliases))
+            for c in message.classes
+        ),
         artifacts=tuple(artifact(a) for a in message.artifacts),
         provider=message.provider,
+        purged=message.purged,
     )
 
 

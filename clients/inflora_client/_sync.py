@@ -69,6 +69,52 @@ class Client(ClientBase):
         """
         return self._upload(upload.learn(self._names, options), examples)
 
+    def forget(
+        self, labels: str | Iterable[str], *, purge: bool = False, request_id: str = ""
+    ) -> Task:
+        """Queue a task that forgets classes for good; no version will know them any more.
+
+        Args:
+            labels: Labels or aliases of the classes; at least one.
+            purge: Whether to delete the data of all older versions that know them, which can then
+                never be used again.
+            request_id: At most 128 characters. The same id with the same content returns the task
+                that exists. By default, or empty, a new random one.
+
+        Returns:
+            The task, QUEUED; ``wait`` for it.
+        """
+        return self._unary(calls.forget_classes(self._names, labels, purge, request_id))
+
+    def update_class(
+        self,
+        label: str,
+        *,
+        new_label: str | None = None,
+        add_aliases: str | Iterable[str] = (),
+        remove_aliases: str | Iterable[str] = (),
+        request_id: str = "",
+    ) -> Task:
+        """Queue a task that changes what a class is called. At least one change is asked for.
+
+        The label changes first, then aliases are removed, then added.
+
+        Args:
+            label: What the class is called now: its label, or an alias.
+            new_label: Its label from now on; None keeps it.
+            add_aliases: More names under which examples of it may arrive.
+            remove_aliases: Aliases that it has no more.
+            request_id: As in ``forget``.
+
+        Returns:
+            The task, QUEUED; ``wait`` for it.
+        """
+        return self._unary(
+            calls.update_class(
+                self._names, label, new_label, add_aliases, remove_aliases, request_id
+            )
+        )
+
     def watch(self, task: TaskRef) -> Iterator[Task]:
         """Yield the task as it is, then again whenever it changes, until it has ended."""
         yield from self._resume(self._watch(task))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
-import uuid
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypedDict, TypeVar
@@ -14,7 +12,7 @@ from inflora.v1 import evaluator_service_pb2, learner_service_pb2, task_pb2
 from inflora_client import _channel as channel
 from inflora_client import _parse as parse
 from inflora_client._images import ImageSource, read_image
-from inflora_client._names import Names, VersionRef
+from inflora_client._names import Names, VersionRef, new_request_id, normalised
 from inflora_client.resources import Evaluation, Task
 
 T = TypeVar("T")
@@ -83,7 +81,7 @@ class Upload(Generic[T]):
 def learn(names: Names, options: LearnOptions) -> Upload[Task]:
     """LearnTask, with a random request id where the caller gave none."""
     spec = task_pb2.TaskSpec(parent=names.model, **options)
-    spec.request_id = spec.request_id or str(uuid.uuid4())
+    spec.request_id = spec.request_id or new_request_id()
     request = learner_service_pb2.LearnTaskRequest
     return Upload(channel.LEARN_TASK, request, spec, lambda r: parse.task(r.task))
 
@@ -116,7 +114,7 @@ class Batcher:
 
     def add(self, image: bytes, label: str) -> Iterator[task_pb2.ExampleBatch]:
         """Take one example in; yield the batch that became full by it, if one did."""
-        example = task_pb2.Example(image=image, label=unicodedata.normalize("NFC", label))
+        example = task_pb2.Example(image=image, label=normalised(label))
         size = example.ByteSize()
         if self._pending_bytes + size > _BATCH_BYTES:
             yield from self.flush()

@@ -66,11 +66,11 @@ class InvalidArgumentError(StatusError):
 
 
 class NotFoundError(StatusError):
-    """There is no such model, task, version or artifact. Do not retry."""
+    """There is no such model, task, version, artifact, class or alias. Do not retry."""
 
 
 class AlreadyExistsError(StatusError):
-    """The ``request_id`` was used with other content. Do not retry."""
+    """A name means a class already, or the ``request_id`` was used with other content."""
 
 
 class FailedPreconditionError(StatusError):

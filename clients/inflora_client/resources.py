@@ -32,6 +32,16 @@ class HeldOutMethod(StrEnum):
     LEAVE_ONE_OUT = "LEAVE_ONE_OUT"
 
 
+class TaskKind(StrEnum):
+    """What a task does to the model."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    """A kind that only a newer server knows, or the server is older than kinds."""
+    LEARN = "LEARN"
+    FORGET = "FORGET"
+    UPDATE_CLASS = "UPDATE_CLASS"
+
+
 class TaskStage(StrEnum):
     """What the learner is doing, in this order."""
 
@@ -211,8 +221,38 @@ class TaskReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """Classes to forget.
+
+    Attributes:
+        labels: Labels or aliases of the classes; ``[forgotten]`` once they are purged.
+        purge: Whether the data of older versions that know them go, too.
+    """
+
+    labels: tuple[str, ...]
+    purge: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClassUpdate:
+    """A change of what a class is called.
+
+    Attributes:
+        label: What it was called: its label, or an alias.
+        new_label: Its new label; None if it keeps the old one.
+        add_aliases: Aliases that were added.
+        remove_aliases: Aliases that were removed.
+    """
+
+    label: str
+    new_label: str | None
+    add_aliases: tuple[str, ...]
+    remove_aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
-    """Labelled images on their way to become a version.
+    """Labelled images, or a change of the classes, on their way to become a version.
 
     Attributes:
         name: ``models/{model}/tasks/{task}``.
@@ -232,7 +272,10 @@ class Task:
         create_time: When the task was accepted.
         start_time: When the learner began; None before.
         end_time: When the task ended; None before.
-        report: What became of it; None unless PUBLISHED, and in lists.
+        report: What became of it; None unless of kind LEARN and PUBLISHED, and in lists.
+        kind: What it does. Only tasks of kind LEARN have classes and examples.
+        forget: For FORGET: the classes.
+        update: For UPDATE_CLASS: the change.
     """
 
     name: str
@@ -253,6 +296,9 @@ class Task:
     start_time: datetime | None
     end_time: datetime | None
     report: TaskReport | None
+    kind: TaskKind = TaskKind.UNSPECIFIED
+    forget: Forget | None = None
+    update: ClassUpdate | None = None
 
     @property
     def id(self) -> str:
@@ -267,10 +313,17 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class VersionClass:
-    """A class that a version knows, and the task that taught it."""
+    """A class that a version knows.
+
+    Attributes:
+        label: Its label, which predictions name.
+        task: The task that first taught it.
+        aliases: Other names under which examples of it may arrive.
+    """
 
     label: str
     task: str
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,9 +351,10 @@ class Version:
         task: The task that made it.
         create_time: When it was made.
         current: Whether it answers ``predict``.
-        classes: The classes it knows; position i belongs to logit i.
-        artifacts: Its files.
+        classes: The classes it knows, without those forgotten since; position i belongs to logit i.
+        artifacts: Its files, without those that hold a class forgotten since.
         provider: Execution provider that runs it; empty when not loaded.
+        purged: Whether its data were deleted with a class that was purged.
     """
 
     name: str
@@ -311,6 +365,7 @@ class Version:
     classes: tuple[VersionClass, ...]
     artifacts: tuple[Artifact, ...]
     provider: str
+    purged: bool = False
 
     @property
     def number(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal, get_args
@@ -11,10 +12,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 
 from inflora.v1 import evaluator_service_pb2 as evaluator_pb
+from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2 as pb
 from inflora_core.config import LearnConfig, Limits
+from inflora_core.edits import check_form
 from inflora_core.errors import (
     ERRORS_BY_REASON,
     InfloraError,
@@ -23,12 +26,16 @@ from inflora_core.errors import (
 )
 from inflora_core.evaluation import Calibration, Evaluation
 from inflora_core.model import (
+    ClassUpdate,
+    Edit,
     Failure,
     FileEntry,
+    Forget,
     HeldOut,
     TaskReport,
     TaskState,
     Version,
+    VersionState,
 )
 from inflora_service.errors import to_status
 from inflora_service.names import (
@@ -39,6 +46,7 @@ from inflora_service.names import (
 )
 from inflora_service.records import Snapshot
 from inflora_service.serving import Answer
+from inflora_service.tasks import EditRequest
 from inflora_service.uploads import Example, TaskRequest
 
 _Setting = Literal["epochs", "learning_rate", "rank", "batch_size", "seed", "held_out_share"]
@@ -92,9 +100,8 @@ def decode_spec(spec: pb.TaskSpec, config: LearnConfig) -> TaskRequest:
         NotFoundError: there is no such model.
     """
     check_model(spec.parent, field="parent")
-    for field, limit in (("display_name", MAX_DISPLAY_NAME), ("request_id", MAX_REQUEST_ID)):
-        if len(getattr(spec, field)) > limit:
-            raise InvalidInputError(f"it has at most {limit} characters", field=field)
+    _check_length(spec.display_name, MAX_DISPLAY_NAME, "display_name")
+    _check_length(spec.request_id, MAX_REQUEST_ID, "request_id")
     settings: dict[str, Any] = {
         name: getattr(spec, name) for name in _SETTINGS if spec.HasField(name)
     }
@@ -132,6 +139,50 @@ def decode_evaluation_spec(spec: evaluator_pb.EvaluationSpec) -> EvaluationReque
     return EvaluationRequest(version, spec.confusions or DEFAULT_CONFUSIONS)
 
 
+def decode_forget(request: learner_pb.ForgetClassesRequest, limits: Limits) -> EditRequest:
+    """Return what ``request`` asks for.
+
+    Raises:
+        InvalidInputError: a field is not acceptable.
+        LimitExceededError: the message is too large.
+        NotFoundError: there is no such model.
+    """
+    check_size(request, limits, field="labels")
+    return _edit_request(request, Forget(tuple(request.labels), request.purge))
+
+
+def decode_update(request: learner_pb.UpdateClassRequest, limits: Limits) -> EditRequest:
+    """Return what ``request`` asks for.
+
+    Raises:
+        InvalidInputError: a field is not acceptable.
+        LimitExceededError: the message is too large.
+        NotFoundError: there is no such model.
+    """
+    check_size(request, limits, field="add_aliases")
+    change = ClassUpdate(
+        request.label,
+        request.new_label if request.HasField("new_label") else None,
+        tuple(request.add_aliases),
+        tuple(request.remove_aliases),
+    )
+    return _edit_request(request, change)
+
+
+def _edit_request(
+    request: learner_pb.ForgetClassesRequest | learner_pb.UpdateClassRequest, edit: Edit
+) -> EditRequest:
+    check_model(request.parent, field="parent")
+    _check_length(request.request_id, MAX_REQUEST_ID, "request_id")
+    check_form(edit)
+    return EditRequest(request.request_id, edit)
+
+
+def _check_length(text: str, limit: int, field: str) -> None:
+    if len(text) > limit:
+        raise InvalidInputError(f"it has at most {limit} characters", field=field)
+
+
 def decode_examples(batch: pb.ExampleBatch) -> list[Example]:
     """Return the examples of a batch."""
     return [Example(example.image, example.label) for example in batch.examples]
@@ -163,26 +214,36 @@ def encode_task(snapshot: Snapshot, *, report: bool = True) -> pb.Task:
         start_time=_timestamp(task.start_time) if task.start_time else None,
         end_time=_timestamp(task.end_time) if task.end_time else None,
         report=_report(task.report) if task.report and report else None,
+        kind=pb.TaskKind.Value(f"TASK_KIND_{task.kind}"),
     )
+    match task.edit:
+        case Forget():
+            message.forget.CopyFrom(pb.Forget(**asdict(task.edit)))
+        case ClassUpdate():
+            message.update.CopyFrom(pb.ClassUpdate(**asdict(task.edit)))
     if task.report:
         losses = task.report.epoch_losses
         message.epoch = message.epochs = len(losses)
         message.loss = losses[-1] if losses else 0.0
-        message.fraction_done = 1.0
     elif progress := snapshot.progress:
         message.epoch, message.epochs = progress.epoch, progress.epochs
         message.loss = progress.loss
         message.fraction_done = progress.fraction
         if task.state is TaskState.LEARNING:
             message.stage = pb.TaskStage.Value(f"TASK_STAGE_{progress.stage}")
+    if task.state is TaskState.PUBLISHED:
+        message.fraction_done = 1.0
     return message
 
 
-def encode_version(version: Version, *, current: bool, provider: str) -> model_pb.Version:
+def encode_version(
+    version: Version, artifacts: Iterable[FileEntry], *, current: bool, provider: str
+) -> model_pb.Version:
     """Return a version as clients see it.
 
     Args:
         version: Its manifest.
+        artifacts: Its files that are handed out.
         current: Whether it answers calls that name no version.
         provider: What runs it, "" when it is not loaded.
     """
@@ -193,11 +254,14 @@ def encode_version(version: Version, *, current: bool, provider: str) -> model_p
         create_time=_timestamp(version.create_time),
         current=current,
         classes=[
-            model_pb.VersionClass(label=entry.label, task=task_name(entry.task))
+            model_pb.VersionClass(
+                label=entry.label, task=task_name(entry.task), aliases=entry.aliases
+            )
             for entry in version.classes
         ],
-        artifacts=[encode_artifact(entry) for entry in version.files],
+        artifacts=[encode_artifact(entry) for entry in artifacts],
         provider=provider,
+        purged=version.state is VersionState.PURGED,
     )
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from inflora_core.config import LearnConfig
 from inflora_core.errors import (
     ERRORS_BY_REASON,
@@ -23,10 +25,12 @@ from inflora_core.errors import (
     InfloraError,
     LearnerCrashedError,
 )
-from inflora_core.model import Progress, Stage
+from inflora_core.model import Edit, Progress, Stage
 from inflora_service.aio import unbroken
 
 log = logging.getLogger(__name__)
+
+_EDIT: TypeAdapter[Edit] = TypeAdapter(Edit)
 
 RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0, 15.0)
 """Seconds before a restart, by how many workers died since one last finished a job."""
@@ -48,7 +52,7 @@ class _Job:
 
     Attributes:
         command: As sent.
-        result: The version for "learn", None for "prepare".
+        result: The version for "learn" and "edit", None for "prepare".
         on_progress: Told of every progress event.
         sent: Whether the present worker got it.
         attempts: How many workers got it.
@@ -148,13 +152,22 @@ class LearnerProcess:
             "settings": settings.model_dump(mode="json"),
             "parent": parent,
         }
-        number = await self._run(_Job(command, on_progress))
-        if number is None:
-            raise InfloraError("the learning worker did not name the version")
-        return number
+        return await self._version_of(_Job(command, on_progress))
+
+    async def edit(
+        self, task: str, edit: Edit, parent: int | None, on_progress: Callable[[Progress], None]
+    ) -> int:
+        """Have the worker change the class table; return the version as ``learn`` does.
+
+        Raises:
+            InfloraError: as ``learn`` does.
+        """
+        change = _EDIT.dump_python(edit, mode="json")
+        command = {"command": "edit", "task": task, "edit": change, "parent": parent}
+        return await self._version_of(_Job(command, on_progress))
 
     def cancel(self, task: str) -> None:
-        """Ask for ``task`` to be given up; ``learn`` raises ``CancelledError`` if it is."""
+        """Ask for ``task`` to be given up; who waits for it gets ``CancelledError`` if it is."""
         if self._job is None or self._job.task != task:
             return
         self._job.cancelled = True
@@ -162,6 +175,12 @@ class LearnerProcess:
             self._send({"command": "cancel", "task": task})
         else:
             self._finish(CancelledError("cancelled before the learner began"))
+
+    async def _version_of(self, job: _Job) -> int:
+        number = await self._run(job)
+        if number is None:
+            raise InfloraError("the learning worker did not name the version")
+        return number
 
     async def _run(self, job: _Job) -> int | None:
         if self._job is not None:

@@ -33,6 +33,20 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             task = await self._tasks.accept(upload)
         return pb.LearnTaskResponse(task=codec.encode_task(await self._tasks.get(task.id)))
 
+    async def ForgetClasses(
+        self, request: pb.ForgetClassesRequest, context: Context
+    ) -> pb.ForgetClassesResponse:
+        """Queue a task that forgets classes."""
+        task = await self._tasks.edit(codec.decode_forget(request, self._limits))
+        return pb.ForgetClassesResponse(task=codec.encode_task(await self._tasks.get(task.id)))
+
+    async def UpdateClass(
+        self, request: pb.UpdateClassRequest, context: Context
+    ) -> pb.UpdateClassResponse:
+        """Queue a task that changes what a class is called."""
+        task = await self._tasks.edit(codec.decode_update(request, self._limits))
+        return pb.UpdateClassResponse(task=codec.encode_task(await self._tasks.get(task.id)))
+
     async def WatchTask(
         self, request: pb.WatchTaskRequest, context: Context
     ) -> AsyncIterator[pb.WatchTaskResponse]:

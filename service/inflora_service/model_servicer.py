@@ -96,6 +96,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     def _encode(self, version: Version) -> pb.Version:
         return codec.encode_version(
             version,
+            self._store.artifacts(version),
             current=self._host.is_current(version.number),
             provider=self._host.provider(version.number),
         )

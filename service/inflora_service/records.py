@@ -9,10 +9,11 @@ by. All methods block: call them through ``asyncio.to_thread``.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from inflora_core.errors import (
     UnavailableError,
 )
 from inflora_core.model import Progress, Task, TaskState
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 FILE = "tasks.sqlite"
@@ -85,6 +88,8 @@ class TaskRecords:
             self._connection.execute("PRAGMA journal_mode = WAL")
             # In WAL mode only FULL makes a commit outlive a power cut.
             self._connection.execute("PRAGMA synchronous = FULL")
+            # What is forgotten must not linger in free pages.
+            self._connection.execute("PRAGMA secure_delete = ON")
             (number,) = self._connection.execute("PRAGMA user_version").fetchone()
             if number > FORMAT:
                 raise StoreFormatError(
@@ -160,6 +165,32 @@ class TaskRecords:
             f"SELECT record FROM tasks WHERE state IN ({marks}) ORDER BY seq", _UNFINISHED
         )
         return [self._decode(record).task for (record,) in rows]
+
+    def redact(self, names: Collection[str], task: str) -> None:
+        """Take names of classes out of the records of all tasks that have ended, and of ``task``.
+
+        The file holds no copy of them then. Doing it again does no harm.
+
+        Raises:
+            LimitExceededError: the disk is full.
+            UnavailableError: the disk cannot be used.
+        """
+        marks = ", ".join("?" * len(_UNFINISHED))
+        rows = self._execute(
+            f"SELECT record FROM tasks WHERE state NOT IN ({marks}) OR id = ?",
+            [*_UNFINISHED, task],
+        )
+        for (record,) in rows:
+            try:
+                before = self._decode(record)
+            except DamagedError as error:
+                log.warning("passing over what cannot be read: %s", error)
+                continue
+            after = replace(before, task=before.task.without_classes(names))
+            if after != before:
+                self.update(after)
+        # What was overwritten stays in the log of changes until that is emptied.
+        self._execute("PRAGMA wal_checkpoint(TRUNCATE)", ())
 
     def _execute(self, statement: str, values: tuple[object, ...] | list[str]) -> list[Any]:
         with self._lock, self._translated():

@@ -214,8 +214,12 @@ class Server:
         await learner.prepare(asked.source, asked.architecture)
 
     def _check_backbone(self, store: Store) -> None:
-        """See that the store's backbone is sound, and the one asked for if one is."""
+        """See that the store's backbone is sound, and the one asked for if one is.
+
+        And the list of forgotten classes, without which nothing could be loaded.
+        """
         store.backbone()
+        store.forgotten()
         if self._settings.backbone is not None:
             backbone_source.check(store.root, self._asked_backbone())
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from inflora_core.errors import (
     StateError,
 )
 from inflora_core.images import decode
-from inflora_core.model import Version
+from inflora_core.model import Version, VersionState
 from inflora_core.predictor import Floats, Predictor, RuntimeOptions, processors, top_classes
 from inflora_core.store import ONNX_FILE, Store
 from inflora_service.aio import map_threads, unbroken
@@ -47,7 +48,8 @@ class Loaded:
 
     version: Version
     predictor: Predictor
-    labels: frozenset[str]
+    generation: int
+    """How often classes had been forgotten when it was read."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class ModelHost:
         self._sound = asyncio.Event()
         self._pinned: OrderedDict[int, Loaded] = OrderedDict()
         self._loading: dict[int, asyncio.Task[Loaded]] = {}
+        self._generation = 0
         self._swap = asyncio.Lock()
         # One at a time: a version that is being loaded takes several times the memory of its file.
         self._loader = ThreadPoolExecutor(1, "version-load")
@@ -113,7 +116,7 @@ class ModelHost:
                 self._current = await self._get(number)
                 self._on_serving()
             self._sound.set()
-        except (DamagedError, NotFoundError) as error:
+        except (DamagedError, NotFoundError, StateError) as error:
             log.critical("the current version cannot be loaded; promote another: %s", error)
             self._fault = DamagedError(
                 f"the current version is damaged, and another has to be promoted: {error.message}"
@@ -136,19 +139,8 @@ class ModelHost:
             raise self._fault
         return self._current.version if self._current else None
 
-    @property
-    def known_labels(self) -> frozenset[str]:
-        """Classes of the current version.
-
-        Raises:
-            DamagedError: there is one, but it cannot be loaded.
-        """
-        if self._fault is not None:
-            raise self._fault
-        return self._current.labels if self._current else frozenset()
-
     async def wait_sound(self) -> None:
-        """Wait until ``current`` and ``known_labels`` can be told: for good, once they can."""
+        """Wait until ``current`` can be told: for good, once it can."""
         await self._sound.wait()
 
     def is_current(self, number: int) -> bool:
@@ -165,23 +157,59 @@ class ModelHost:
     async def promote(self, number: int) -> Version:
         """Make version ``number`` current once it is loaded and warm.
 
+        What it forgets is forgotten from then on, in all versions.
+
         Raises:
             NotFoundError: there is no such version.
+            StateError: it can answer nothing any more, because of what was forgotten.
             DamagedError: a file of it is damaged. The current version stays.
         """
         return await unbroken(self._promote(number))
 
+    async def purge(self, number: int) -> None:
+        """Delete the data of all versions that know what version ``number`` forgets.
+
+        It is made current again, should another be by now: that one may be among them.
+
+        Raises:
+            DamagedError: a file of it is damaged. Nothing is deleted.
+        """
+        await unbroken(self._purge(number))
+
     async def _promote(self, number: int) -> Version:
         async with self._swap:
-            loaded = await self._get(number)
+            return await self._swap_to(number)
+
+    async def _purge(self, number: int) -> None:
+        async with self._swap:
+            version = await self._swap_to(number)
+            try:
+                await asyncio.to_thread(self._store.purge, version.forgets)
+            finally:
+                # They may not answer any more, even where their files could not be deleted yet.
+                self._drop_pinned()
+
+    async def _swap_to(self, number: int) -> Version:
+        loaded = await self._get(number)
+        if loaded.version.forgets:
+            # First, so that whatever happens none of them is back after the new version was seen.
+            await asyncio.to_thread(self._store.forget, loaded.version.forgets)
+        if not self.is_current(number):
             await asyncio.to_thread(self._store.set_current, number)
-            # Running calls hold the version they began with; it goes when the last of them ends.
-            self._current, self._fault = loaded, None
-            self._sound.set()
-            self._pinned.pop(number, None)
-            self._on_serving()
-        log.info("version %d is current", number)
+            log.info("version %d is current", number)
+        # Running calls hold the version they began with; it goes when the last of them ends.
+        self._current, self._fault = loaded, None
+        self._sound.set()
+        self._pinned.pop(number, None)
+        if loaded.version.forgets:
+            self._drop_pinned()
+        self._on_serving()
         return loaded.version
+
+    def _drop_pinned(self) -> None:
+        """Let go of versions that were, or are being, loaded with classes forgotten since."""
+        self._pinned.clear()
+        self._generation += 1
 
     async def predict(
         self,
@@ -257,19 +285,21 @@ class ModelHost:
 
     async def _get(self, number: int) -> Loaded:
         """Return version ``number``, loaded now if it is not."""
-        if self._current is not None and self.is_current(number):
-            return self._current
-        if number in self._pinned:
-            self._pinned.move_to_end(number)
-            return self._pinned[number]
-        if number not in self._loading:
-            loading = asyncio.create_task(self._load_in_turn(number))
-            self._loading[number] = loading
-            loading.add_done_callback(lambda _: self._loading.pop(number))
-        # Others may wait for it, too: a caller that is cancelled does not end it.
-        loaded = await asyncio.shield(self._loading[number])
-        self._keep(loaded)
-        return loaded
+        while True:
+            if self._current is not None and self.is_current(number):
+                return self._current
+            if number in self._pinned:
+                self._pinned.move_to_end(number)
+                return self._pinned[number]
+            if number not in self._loading:
+                loading = asyncio.create_task(self._load_in_turn(number))
+                self._loading[number] = loading
+                loading.add_done_callback(lambda _: self._loading.pop(number))
+            # Others may wait for it, too: a caller that is cancelled does not end it.
+            loaded = await asyncio.shield(self._loading[number])
+            if loaded.generation == self._generation:
+                self._keep(loaded)
+                return loaded
 
     def _keep(self, loaded: Loaded) -> None:
         if not self.is_current(loaded.version.number):
@@ -282,10 +312,16 @@ class ModelHost:
         return await loop.run_in_executor(self._loader, self._load, number)
 
     def _load(self, number: int) -> Loaded:
+        generation = self._generation
         version = self._verified(number)
-        predictor = Predictor.load(self._store.path(number, ONNX_FILE), self._options)
+        model: Path | bytes
+        if version.state is VersionState.WHOLE:
+            model = self._store.path(number, ONNX_FILE)
+        else:
+            model = self._store.make_onnx(number)
+        predictor = Predictor.load(model, self._options)
         predictor.warm_up()
-        return Loaded(version, predictor, frozenset(entry.label for entry in version.classes))
+        return Loaded(version, predictor, generation)
 
     def _verified(self, number: int) -> Version:
         """Return a version's manifest once all its files are sound.

@@ -15,12 +15,12 @@ import logging
 import secrets
 import shutil
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from inflora_core import edits
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import (
     CancelledError,
@@ -31,7 +31,17 @@ from inflora_core.errors import (
     StateError,
     UnavailableError,
 )
-from inflora_core.model import Failure, Progress, Stage, Task, TaskState, now
+from inflora_core.model import (
+    Edit,
+    Failure,
+    Forget,
+    Progress,
+    Stage,
+    Task,
+    TaskState,
+    Version,
+    now,
+)
 from inflora_core.predictor import processors
 from inflora_core.spool import SpoolSummary
 from inflora_core.store import Store
@@ -56,7 +66,6 @@ class _Live:
         task: Its record, as it is on the disk.
         progress: The last one that the learner reported.
         cancelling: Somebody asked for it to be given up.
-        labels: Its classes.
         changed: Set at the next change, and replaced by another event then.
     """
 
@@ -64,10 +73,6 @@ class _Live:
     progress: Progress | None = None
     cancelling: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    labels: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        self.labels = frozenset(self.task.labels)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -87,8 +92,21 @@ class _Live:
         self.changed = asyncio.Event()
 
 
+@dataclass(frozen=True)
+class EditRequest:
+    """What a client asks to change in the class table, checked as far as its form goes.
+
+    Attributes:
+        request_id: "" or the client's own id of the request.
+        edit: What to change.
+    """
+
+    request_id: str
+    edit: Edit
+
+
 class TaskQueue:
-    """Accepts tasks, has them learned first come first served, and tells how they do.
+    """Accepts tasks, has them worked on first come first served, and tells how they do.
 
     Args:
         store: Where versions are; spools are in its folder ``spool``.
@@ -171,21 +189,13 @@ class TaskQueue:
         Raises:
             LimitExceededError: the queue is full.
         """
-
-        async def check_label(label: str, field: str) -> None:
-            await self._check_unless_retried(request, partial(self._check_label, label, field))
-
-        await self._check_unless_retried(request, self._check_room)
-        folder = self._spools / f"{now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
-        return Upload(request, folder, self._limits, self._checkers, check_label)
-
-    async def _check_unless_retried(self, request: TaskRequest, check: Callable[[], None]) -> None:
-        """Run ``check``, but let a request pass that was accepted before: it is in its own way."""
         try:
-            check()
-        except (StateError, LimitExceededError):
+            self._check_room()
+        except LimitExceededError:
+            # A request that was accepted before may be what fills the queue.
             if await asyncio.to_thread(self._records.by_request_id, request.request_id) is None:
                 raise
+        return Upload(request, self._spools / _new_id(), self._limits, self._checkers)
 
     async def accept(self, upload: Upload) -> Task:
         """Make the finished upload a task, durable and queued.
@@ -196,10 +206,23 @@ class TaskQueue:
         Raises:
             InvalidInputError: the upload is empty.
             ConflictError: the request id was used for something else.
-            StateError: a class is known already.
             LimitExceededError: the queue or the disk is full.
         """
         return await unbroken(self._accept(upload))
+
+    async def edit(self, request: EditRequest) -> Task:
+        """Make a change of the class table a task, durable and queued.
+
+        Returns:
+            The new task, or the one that was made by the same request before.
+
+        Raises:
+            ConflictError: the request id was used for something else.
+            LimitExceededError: the queue or the disk is full.
+            InfloraError: as ``edits.check`` does, where no task is ahead that could change what
+                there is.
+        """
+        return await unbroken(self._accept_edit(request))
 
     async def _accept(self, upload: Upload) -> Task:
         summary = await asyncio.to_thread(upload.finish)
@@ -207,33 +230,54 @@ class TaskQueue:
         accepted = None
         try:
             async with self._accepting:
-                accepted = await self._admit(task, upload.first_fields)
+                accepted = await self._earlier(task, "spec.request_id")
+                if accepted is None:
+                    accepted = await self._admit(task)
         finally:
             if accepted is not task:
                 await asyncio.to_thread(self._remove_spool, task.id)
         return accepted
 
-    async def _admit(self, task: Task, first_fields: dict[str, str]) -> Task:
+    async def _accept_edit(self, request: EditRequest) -> Task:
+        task = _new_edit(request)
+        async with self._accepting:
+            earlier = await self._earlier(task, "request_id")
+            if earlier is not None:
+                return earlier
+            if not self._live:
+                await self._check_edit(request.edit)
+            return await self._admit(task)
+
+    async def _earlier(self, task: Task, field: str) -> Task | None:
+        """Return the task that was made by the same request before, if there is one."""
         earlier = await asyncio.to_thread(self._records.by_request_id, task.request_id)
-        if earlier is not None:
-            if earlier.content_sha256 != task.content_sha256:
-                raise ConflictError(
-                    f"request_id was used for task {earlier.id} with another spec or other "
-                    "examples: use a new one",
-                    field="spec.request_id",
-                )
-            return earlier
+        if earlier is None:
+            return None
+        # Of a task that named purged classes nothing is left to be compared.
+        same_content = earlier.content_sha256 in ("", task.content_sha256)
+        if earlier.kind is not task.kind or not same_content:
+            raise ConflictError(
+                f"request_id was used for task {earlier.id} with other content: use a new one",
+                field=field,
+            )
+        return earlier
+
+    async def _check_edit(self, edit: Edit) -> None:
+        current = self._host.current
+        classes = current.classes if current else ()
+        await asyncio.to_thread(edits.check, classes, edit, self._store.tables_for(edit))
+
+    async def _admit(self, task: Task) -> Task:
         self._check_room()
-        for label, where in first_fields.items():
-            self._check_label(label, where)
         await asyncio.to_thread(self._records.insert, task)
         live = _Live(task)
         self._live[task.id] = live
         self._queue.append(live)
         self._arrival.set()
         log.info(
-            "task %s accepted: %d classes, %d images",
+            "task %s accepted: %s, %d classes, %d images",
             task.id,
+            task.kind,
             len(task.labels),
             sum(task.example_counts),
         )
@@ -244,14 +288,6 @@ class TaskQueue:
             raise LimitExceededError(
                 f"{len(self._queue)} tasks are queued already: retry when one has ended"
             )
-
-    def _check_label(self, label: str, field: str, *, but: _Live | None = None) -> None:
-        """Refuse a class that is known, or is going to be by a task other than ``but``."""
-        if label in self._host.known_labels:
-            raise StateError(f"class {label!a} is known already", field=field)
-        for live in self._live.values():
-            if label in live.labels and live is not but:
-                raise StateError(f"class {label!a} is in task {live.task.id} already", field=field)
 
     # -- looking ----------------------------------------------------------------------------
 
@@ -328,14 +364,14 @@ class TaskQueue:
     async def _record(self, task: str) -> Snapshot:
         return await asyncio.to_thread(self._records.get, task)
 
-    # -- learning ---------------------------------------------------------------------------
+    # -- working ----------------------------------------------------------------------------
 
     async def _run(self) -> None:
         for live, number in self._publishable:
             await self._guarded(live, self._publish(live, number))
         while True:
             live = await self._head()
-            await self._guarded(live, self._learn(live))
+            await self._guarded(live, self._work(live))
 
     async def _head(self) -> _Live:
         """Return the next task, off the queue, once there is a worker that can begin with it.
@@ -362,24 +398,16 @@ class TaskQueue:
             failure = Failure(known.reason, known.message, known.field)
             await self._end(live, TaskState.FAILED, failure=failure)
 
-    async def _learn(self, live: _Live) -> None:
+    async def _work(self, live: _Live) -> None:
         task = replace(live.task, state=TaskState.LEARNING, start_time=now())
         await self._write(Snapshot(task))
         live.change(task)
-        # Promoting another version may have brought classes that were unknown on arrival.
-        for label in task.labels:
-            self._check_label(label, "", but=live)
         if live.cancelling:
             raise CancelledError("cancelled before the learner began")
         current = self._host.current
+        parent = current.number if current else None
         try:
-            number = await self._learner.learn(
-                task.id,
-                self._spools / task.id,
-                self._config.updated(**task.settings),
-                current.number if current else None,
-                live.on_progress,
-            )
+            number = await self._make_version(live, parent)
         except LearnerCrashedError:
             # The last thing a worker does is to make the version durable.
             found = await asyncio.to_thread(self._store.version_of_task, task.id)
@@ -393,14 +421,46 @@ class TaskQueue:
     async def _publish(self, live: _Live, number: int) -> None:
         fraction = live.progress.fraction if live.progress else 1.0
         live.on_progress(Progress(Stage.PUBLISHING, fraction))
-        version = await self._host.promote(number)
+        if isinstance(live.task.edit, Forget):
+            version = await self._forget(live, live.task.edit, number)
+        else:
+            version = await self._host.promote(number)
         await self._end(live, TaskState.PUBLISHED, version=number, report=version.report)
+
+    async def _make_version(self, live: _Live, parent: int | None) -> int:
+        task = live.task
+        if task.edit is not None:
+            return await self._learner.edit(task.id, task.edit, parent, live.on_progress)
+        return await self._learner.learn(
+            task.id,
+            self._spools / task.id,
+            self._config.updated(**task.settings),
+            parent,
+            live.on_progress,
+        )
+
+    async def _forget(self, live: _Live, edit: Forget, number: int) -> Version:
+        """Publish a version that forgets classes, as often as it takes: none may be half gone."""
+        names = frozenset(edit.labels)
+        while True:
+            try:
+                version = await self._host.promote(number)
+                if not edit.purge:
+                    return version
+                # Names go from the manifests last: nowhere else is it written what they were.
+                names |= await asyncio.to_thread(self._store.names_of, version.forgets)
+                await asyncio.to_thread(self._records.redact, names, live.task.id)
+                live.task = live.task.without_classes(names)
+                await self._host.purge(number)
+                return version
+            except (OSError, LimitExceededError, UnavailableError) as error:
+                log.warning("cannot forget all of it yet, trying on: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _end(self, live: _Live, state: TaskState, **changes: Any) -> None:
         ended = replace(live.task, state=state, end_time=now(), **changes)
         await self._write(Snapshot(ended, live.progress))
         await asyncio.to_thread(self._remove_spool, ended.id)
-        # Whoever hears of the end may send the same classes again at once.
         del self._live[ended.id]
         live.change(ended)
         log.info("task %s is %s", ended.id, state)
@@ -430,6 +490,29 @@ class TaskQueue:
                 self._remove_spool(folder.name)
 
 
+def _new_id() -> str:
+    return f"{now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _new_edit(request: EditRequest) -> Task:
+    return Task(
+        id=_new_id(),
+        display_name="",
+        request_id=request.request_id,
+        content_sha256=_sha256(asdict(request.edit)),
+        labels=(),
+        example_counts=(),
+        example_bytes=0,
+        settings={},
+        create_time=now(),
+        edit=request.edit,
+    )
+
+
 def _new_task(upload: Upload, summary: SpoolSummary) -> Task:
     request = upload.request
     content = [request.display_name, request.settings, summary.sha256]
@@ -437,7 +520,7 @@ def _new_task(upload: Upload, summary: SpoolSummary) -> Task:
         id=upload.id,
         display_name=request.display_name,
         request_id=request.request_id,
-        content_sha256=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        content_sha256=_sha256(content),
         labels=summary.labels,
         example_counts=summary.counts,
         example_bytes=summary.size,

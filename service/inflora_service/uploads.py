@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,26 +112,14 @@ class Upload:
         folder: Where the spool is made.
         limits: What is refused.
         pool: Threads that decode images to check them.
-        check_label: Called with label and field of each class's first example; may refuse it.
-
-    Attributes:
-        first_fields: Of each class the field of its first example, in the order of arrival.
     """
 
-    def __init__(
-        self,
-        request: TaskRequest,
-        folder: Path,
-        limits: Limits,
-        pool: Executor,
-        check_label: Callable[[str, str], Awaitable[None]],
-    ) -> None:
+    def __init__(self, request: TaskRequest, folder: Path, limits: Limits, pool: Executor) -> None:
         self.request = request
-        self.first_fields: dict[str, str] = {}
+        self._labels: set[str] = set()
         self._folder = folder
         self._limits = limits
         self._pool = pool
-        self._check_label = check_label
         self._spool: SpoolWriter | None = None
         self._intake = Intake(limits)
 
@@ -160,7 +148,6 @@ class Upload:
         Raises:
             InvalidInputError: a label or an image is not acceptable; its field is named.
             LimitExceededError: the task is over a limit.
-            StateError: a class is known already.
         """
         start = self._intake.take(examples)
         slices = [
@@ -168,8 +155,8 @@ class Upload:
         ]
         await map_threads(self._pool, self._check_examples, slices)
         for index, example in enumerate(examples, start):
-            if example.label not in self.first_fields:
-                await self._admit(example.label, f"examples[{index}].label")
+            if example.label not in self._labels:
+                self._admit(example.label, f"examples[{index}].label")
         await unbroken(asyncio.to_thread(self._write, examples))
 
     def check_count(self, count: int) -> None:
@@ -193,13 +180,12 @@ class Upload:
         for index, example in enumerate(examples, start):
             decode_example(example, index, self._limits)
 
-    async def _admit(self, label: str, field: str) -> None:
-        if len(self.first_fields) == self._limits.task_classes:
+    def _admit(self, label: str, field: str) -> None:
+        if len(self._labels) == self._limits.task_classes:
             raise LimitExceededError(
                 f"a task has at most {self._limits.task_classes} classes", field=field
             )
-        await self._check_label(label, field)
-        self.first_fields[label] = field
+        self._labels.add(label)
 
     def _write(self, examples: Sequence[Example]) -> None:
         # Made here, where it cannot be lost to a cancellation between making and keeping it.

@@ -264,7 +264,7 @@ def frozen_class_means(server: RunningServer, tasks: list[streams.TaskData]) -> 
             weight=np.zeros((1, stored.config.embedding_size), np.float32),
             bias=np.zeros(1, np.float32),
         ),
-        classes=(ClassEntry("any", "none"),),
+        classes=(ClassEntry("any", "none", "none.0"),),
     )
     frozen = materialise(stored.template_path.read_bytes(), one_class, 0)
     predictor = Predictor.load(frozen, RuntimeOptions(provider="cpu"))

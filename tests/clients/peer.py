@@ -113,7 +113,9 @@ class Peer:
             name=name,
             parent=f"models/default/versions/{number - 1}" if number > 1 else "",
             task=f"models/default/tasks/t{number}",
-            classes=[model.VersionClass(label="cat", task="models/default/tasks/t1")],
+            classes=[
+                model.VersionClass(label="cat", task="models/default/tasks/t1", aliases=["puss"])
+            ],
             artifacts=[self.artifact()],
             provider="CPUExecutionProvider",
         )
@@ -190,6 +192,36 @@ class Learner(learner_grpc.LearnerServiceServicer):
             ],
         )
         return learner.LearnTaskResponse(task=task)
+
+    def ForgetClasses(
+        self, request: learner.ForgetClassesRequest, context: grpc.ServicerContext
+    ) -> learner.ForgetClassesResponse:
+        self.peer.arrive("ForgetClasses", request, context)
+        task = self.peer.add_task(
+            f"t{len(self.peer.tasks) + 1}",
+            state=task_pb2.TASK_STATE_QUEUED,
+            kind=task_pb2.TASK_KIND_FORGET,
+            forget=task_pb2.Forget(labels=request.labels, purge=request.purge),
+        )
+        return learner.ForgetClassesResponse(task=task)
+
+    def UpdateClass(
+        self, request: learner.UpdateClassRequest, context: grpc.ServicerContext
+    ) -> learner.UpdateClassResponse:
+        self.peer.arrive("UpdateClass", request, context)
+        change = task_pb2.ClassUpdate(
+            label=request.label,
+            new_label=request.new_label if request.HasField("new_label") else None,
+            add_aliases=request.add_aliases,
+            remove_aliases=request.remove_aliases,
+        )
+        task = self.peer.add_task(
+            f"t{len(self.peer.tasks) + 1}",
+            state=task_pb2.TASK_STATE_QUEUED,
+            kind=task_pb2.TASK_KIND_UPDATE_CLASS,
+            update=change,
+        )
+        return learner.UpdateClassResponse(task=task)
 
     def WatchTask(
         self, request: learner.WatchTaskRequest, context: grpc.ServicerContext

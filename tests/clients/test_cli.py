@@ -82,6 +82,43 @@ def error_line(result: Result, code: int) -> str:
     return line
 
 
+class TestEdits:
+    @pytest.mark.parametrize(
+        ("words", "method", "shown"),
+        [
+            (["forget", "[cat]", "dog"], "ForgetClasses", "forget [cat], dog"),
+            (["forget", "cat", "--purge"], "ForgetClasses", "forget cat and purge"),
+            (["rename", "cat", "[ox]"], "UpdateClass", "cat: now [ox]"),
+            (["alias", "cat", "a", "b"], "UpdateClass", "cat: also a, also b"),
+            (["alias", "cat", "a", "--remove"], "UpdateClass", "cat: not a"),
+        ],
+    )
+    def test_follows_to_the_end(
+        self, run: Run, peer: Peer, words: list[str], method: str, shown: str
+    ) -> None:
+        peer.failures[method].append(status("NOT_FOUND", "there is no class 'cat'"))
+        assert "there is no class 'cat'" in error_line(run(*words), 1)
+        (queued,) = lines(run("--json", *words, "--detach"))
+        assert queued["state"] == "QUEUED"
+        assert "inflora watch t2" in run(*words, "--detach").stdout
+        published = task_pb2.Task()
+        published.CopyFrom(peer.tasks["models/default/tasks/t1"])
+        published.state = task_pb2.TASK_STATE_PUBLISHED
+        published.version = "models/default/versions/7"
+        peer.watches.append([published])
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+        assert shown in result.stdout
+        assert "version" in result.stdout
+        assert shown in run("tasks").stdout
+
+    def test_shows_what_is_purged(self, run: Run, peer: Peer) -> None:
+        peer.add_version().purged = True
+        peer.add_version()
+        rows = [row.split()[:2] for row in run("versions").stdout.splitlines()[1:]]
+        assert rows == [["2", "current"], ["1", "purged"]]
+
+
 class TestLearn:
     def test_uploads_a_folder_and_follows(self, run: Run, peer: Peer, pets: Path) -> None:
         peer.watches.append([TRAINING, PUBLISHED])
@@ -310,7 +347,7 @@ class TestVersions:
         peer.add_version()
         peer.add_version()
         assert [v["current"] for v in lines(run("versions", "--json"))] == [True, False]
-        assert run("promote", 1).stdout.splitlines()[1].split()[:2] == ["1", "yes"]
+        assert run("promote", 1).stdout.splitlines()[1].split()[:2] == ["1", "current"]
         assert [v["current"] for v in lines(run("--json", "versions"))] == [False, True]
 
     def test_exports(self, run: Run, peer: Peer, tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from inflora.v1 import evaluator_service_pb2 as evaluator_pb
-from inflora.v1 import task_pb2
+from inflora.v1 import learner_service_pb2, task_pb2
 from inflora_client import (
     AlreadyExistsError,
     Calibration,
     CalibrationBin,
     CallCancelledError,
     ClassEvaluation,
+    ClassUpdate,
     Client,
     Confusion,
     ConnectionFailedError,
@@ -28,6 +29,7 @@ from inflora_client import (
     Example,
     FailedPreconditionError,
     FieldViolation,
+    Forget,
     InternalError,
     InvalidArgumentError,
     NotFoundError,
@@ -38,6 +40,7 @@ from inflora_client import (
     StatusError,
     TaskEvaluation,
     TaskFailedError,
+    TaskKind,
     TaskStage,
     TaskState,
     UnavailableError,
@@ -211,9 +214,39 @@ class TestTasks:
         assert cancelled.ended
 
     def test_does_not_stumble_over_a_newer_servers_states(self, client: Client, peer: Peer) -> None:
-        peer.add_task("t1", state=77, stage=88)
+        peer.add_task("t1", state=77, stage=88, kind=99)
         found = client.task("t1")
         assert (found.state, found.stage) == (TaskState.UNSPECIFIED, TaskStage.UNSPECIFIED)
+        assert found.kind == TaskKind.UNSPECIFIED
+
+    def test_forgets(self, client: Client, peer: Peer) -> None:
+        peer.failures["ForgetClasses"].append(status("UNAVAILABLE"))
+        task = client.forget(["Cafe\u0301", "dog"], purge=True, request_id="r")
+        assert (task.kind, task.forget) == (TaskKind.FORGET, Forget(("Café", "dog"), purge=True))
+        assert task.update is None
+        assert client.task(task) == task
+        first, second = peer.calls["ForgetClasses"]
+        assert (
+            first
+            == second
+            == learner_service_pb2.ForgetClassesRequest(
+                parent="models/default", labels=["Café", "dog"], purge=True, request_id="r"
+            )
+        )
+        assert client.forget("dog").forget == Forget(("dog",), purge=False), "not its letters"
+
+    def test_updates_a_class(self, client: Client, peer: Peer) -> None:
+        peer.failures["UpdateClass"].append(status("UNAVAILABLE"))
+        task = client.update_class("cat", new_label="Cafe\u0301", add_aliases=["a", "b"])
+        assert task.kind == TaskKind.UPDATE_CLASS
+        assert task.update == ClassUpdate("cat", "Café", ("a", "b"), ())
+        assert task.forget is None
+        first, second = peer.calls["UpdateClass"]
+        assert first == second, "a retry is the same request"
+        assert first.request_id
+        task = client.update_class("cat", add_aliases="kitty", remove_aliases="puss")
+        assert task.update == ClassUpdate("cat", None, ("kitty",), ("puss",))
+        assert peer.calls["UpdateClass"][-1].request_id != first.request_id
 
     def test_refuses_an_empty_name(self, client: Client) -> None:
         with pytest.raises(ValueError, match="empty name"):

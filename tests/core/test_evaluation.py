@@ -166,7 +166,7 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     tasks = draw(st.lists(st.sampled_from(["t1", "t2", "t3"]), min_size=1, max_size=7))
-    classes = [ClassEntry(f"class {i}", task) for i, task in enumerate(tasks)]
+    classes = [ClassEntry(f"class {i}", task, f"key {i}") for i, task in enumerate(tasks)]
     names = [entry.label for entry in classes] + ["stranger", "another"]
     labels = draw(st.lists(st.sampled_from(names), max_size=30))
     # Few values, and some that vanish in a softmax: many equal logits and probabilities.
@@ -294,8 +294,17 @@ def test_it_does_not_matter_how_images_are_batched(case: Case, data: st.DataObje
     assert case.evaluation(sorted(data.draw(st.lists(cut, max_size=5)))) == case.evaluation([])
 
 
+def test_an_alias_means_its_class() -> None:
+    tally = Tally(
+        [ClassEntry("cat", "t", "t.0", ("Felis", "feline")), ClassEntry("dog", "t", "t.1")]
+    )
+    assert [tally.knows(name) for name in ("cat", "Felis", "feline", "dog", "eel")] == [
+        True, True, True, True, False,
+    ]  # fmt: skip
+
+
 def test_no_image_no_figure() -> None:
-    found = Tally([ClassEntry("a", "t")]).evaluation(20)
+    found = Tally([ClassEntry("a", "t", "t.0", ("b",))]).evaluation(20)
     shares = found.novelty.shares
     assert found == Evaluation(
         0, 0, None, None, None, (), (), (), None, NoveltyFigures(None, shares), ()
@@ -305,7 +314,7 @@ def test_no_image_no_figure() -> None:
 
 def test_what_is_kept_of_an_image_does_not_grow_with_the_classes() -> None:
     def kept(classes: int) -> int:
-        tally = Tally([ClassEntry(str(i), "t") for i in range(classes)])
+        tally = Tally([ClassEntry(str(i), "t", str(i)) for i in range(classes)])
         logits = np.zeros((64, classes), np.float32)
         tally.add(["0"] * 64, logits, softmax(logits), np.zeros(64, np.float32))
         arrays = [*tally._known, *tally._unknown_novelty]

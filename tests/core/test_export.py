@@ -36,7 +36,7 @@ from inflora_core.errors import (
     ParityError,
     UnsupportedBackboneError,
 )
-from inflora_core.export import check_parity, export_template
+from inflora_core.export import check_edit, check_parity, export_template
 from inflora_core.heads import novelty_shares
 from inflora_core.model import BackboneConfig, ClassEntry, ContinualModel, LayerState
 from tests.core import tiny
@@ -81,7 +81,9 @@ def learned(backbone: Backbone, classes: int, seed: int = 0) -> ContinualModel:
         head_weight=rng.normal(size=(classes, e)).astype(np.float32),
         head_bias=rng.normal(size=classes).astype(np.float32),
         novelty=tiny.novelty(classes, e),
-        classes=tuple(ClassEntry(f"Klasse {i} ß", f"task-{i // 2}") for i in range(classes)),
+        classes=tuple(
+            ClassEntry(f"Klasse {i} ß", f"task-{i // 2}", f"key-{i}") for i in range(classes)
+        ),
     )
 
 
@@ -274,6 +276,27 @@ def test_damaged_files_are_said_to_be(vit: Exported) -> None:
             graph.read_metadata(content)
         with pytest.raises(DamagedError):
             graph.split(content)
+
+
+def test_a_file_of_fewer_classes_is_compared_with_the_one_before(vit: Exported) -> None:
+    backbone, template = vit
+    model = learned(backbone, 4)
+    before = graph.materialise(template, model, 1)
+    left = replace(
+        model,
+        head_weight=model.head_weight[[0, 2, 3]],
+        head_bias=model.head_bias[[0, 2, 3]],
+        classes=(model.classes[0], *model.classes[2:]),
+    )
+    after = graph.materialise(template, left, 2)
+    check_edit(before, after, [0, 2, 3])
+    with pytest.raises(ParityError, match="the version before differ"):
+        check_edit(before, after, [0, 1, 3])
+    with pytest.raises(ParityError, match="the version before"):
+        check_edit(before, after, [0, 2])
+    touched = replace(left, head_bias=left.head_bias + np.float32([0, 0, 1e-2]))
+    with pytest.raises(ParityError, match="the version before differ"):
+        check_edit(before, graph.materialise(template, touched, 2), [0, 2, 3])
 
 
 def test_a_difference_is_found(vit: Exported) -> None:

@@ -248,7 +248,7 @@ def test_a_teaching_head_is_as_unsure_as_it_is_asked_to_be(
 
 def model_of(made: ClassStatistics, calibration: Calibration | None = None) -> ContinualModel:
     blank = ContinualModel.untaught({}, len(made.scatter))
-    classes = tuple(ClassEntry(f"class {i}", "task") for i in range(len(made.means)))
+    classes = tuple(ClassEntry(f"class {i}", "task", f"task.{i}") for i in range(len(made.means)))
     return answering(replace(blank, classes=classes), made, calibration or blank.calibration)
 
 

@@ -47,11 +47,11 @@ SIZE = Preprocessing(
 )
 EMBEDDING = 6
 CLASSES = (
-    ClassEntry("ant", "t1"),
-    ClassEntry("bee", "t1"),
-    ClassEntry("caf\u00e9", "t2"),
-    ClassEntry("dog", "t3"),
-    ClassEntry("eel", "t2"),
+    ClassEntry("ant", "t1", "t1.0"),
+    ClassEntry("bee", "t1", "t1.1"),
+    ClassEntry("caf\u00e9", "t2", "t2.0"),
+    ClassEntry("dog", "t3", "t3.0"),
+    ClassEntry("eel", "t2", "t2.1"),
 )
 
 ONE_THREAD = RuntimeOptions(intra_op_threads=1, provider="cpu")

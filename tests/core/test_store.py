@@ -32,7 +32,6 @@ from inflora_core.model import (
     LEVELS,
     BackboneConfig,
     Calibration,
-    ClassEntry,
     ContinualModel,
     Factors,
     HeldOut,
@@ -43,6 +42,7 @@ from inflora_core.model import (
     ParityReport,
     Stage,
     TaskReport,
+    new_classes,
 )
 from inflora_core.store import ONNX_FILE, Store, StoredBackbone
 
@@ -113,7 +113,7 @@ def learned(
             key_value = merge(layer.key_value, factors[name])
         tokens = layer.tokens + 2**40 + number
         layers[name] = LayerState(key_value, array(d, d), layer.protected + 1, array(d, d), tokens)
-    known = before.classes + tuple(ClassEntry(f"{task} – ß{i}", task) for i in range(2))
+    known = before.classes + new_classes([f"{task} – ß{i}" for i in range(2)], task)
     e = before.head_weight.shape[1]
     after = replace(
         before,

@@ -32,6 +32,7 @@ from inflora.v1 import (
 from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import task_pb2 as pb
 from inflora_core.config import Limits
+from inflora_core.errors import InfloraError
 from inflora_core.store import Store
 from inflora_service.server import Server, Settings
 from tests.service.mean_colour import make_backbone, publish_task
@@ -169,7 +170,12 @@ def _work(question: dict[str, Any]) -> dict[str, Any]:
         case "PREPARE":
             make_backbone(Store.open(question["store"]))
         case "LEARNED":
-            return {"version": publish_task(Store.open(question["store"]), question["command"])}
+            store = Store.open(question["store"])
+            try:
+                return {"version": publish_task(store, question["command"])}
+            except InfloraError as error:
+                fault = {"reason": error.reason, "message": error.message, "field": error.field}
+                return {"do": "fail", **fault}
     return {}
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
+from pydantic import TypeAdapter
 
+from inflora_core import edits
 from inflora_core.config import Limits
 from inflora_core.graph import compose, materialise
 from inflora_core.images import decode
 from inflora_core.model import (
     BackboneConfig,
-    ClassEntry,
+    Edit,
     HeldOut,
     LayerReport,
     Learned,
@@ -22,6 +24,8 @@ from inflora_core.model import (
     Preprocessing,
     Stage,
     TaskReport,
+    new_classes,
+    position_of,
 )
 from inflora_core.spool import read_spool
 from inflora_core.store import Store
@@ -53,7 +57,14 @@ def make_backbone(store: Store) -> None:
 
 
 def publish_task(store: Store, command: dict[str, Any]) -> int:
-    """Publish what a learning worker was told to learn; return the version."""
+    """Publish what a learning worker was told to do; return the version."""
+    if command["command"] == "edit":
+        edit: Edit = TypeAdapter(Edit).validate_python(command["edit"])
+        before = store.load_model(command["parent"])
+        edited = edits.apply(before, edit, store.tables_for(edit))
+        template = store.backbone().template_path.read_bytes()
+        onnx = materialise(template, edited.model, store.next_number())
+        return store.publish_edit(edited, command["task"], onnx).number
     colours: dict[str, list[np.ndarray[Any, Any]]] = {}
     for image, label in read_spool(Path(command["spool"])):
         colours.setdefault(label, []).append(decode(image, Limits()).mean(axis=(0, 1)) / 255)
@@ -68,21 +79,26 @@ def publish_colours(
     parent: int | None = None,
     settings: dict[str, Any] | None = None,
 ) -> int:
-    """Publish the version after ``parent`` that knows ``colours`` (0 to 1) by name, too."""
+    """Publish the version after ``parent`` that knows ``colours`` (0 to 1) by name, too.
+
+    Of a class that is known already, the new colour replaces the old one.
+    """
     before = store.load_model(parent)
-    means = np.array(list(colours.values()), np.float32)
+    new = [label for label in colours if before.position_of(label) is None]
+    classes = before.classes + new_classes(new, task)
+    means = np.concatenate([before.class_means, np.zeros((len(new), 3))]).astype(np.float32)
+    for label, colour in colours.items():
+        at = position_of(classes, label)
+        assert at is not None
+        means[at] = colour
     after = replace(
         before,
-        head_weight=np.concatenate([before.head_weight, 2 * SHARPNESS * means]).astype(np.float32),
-        head_bias=np.concatenate([before.head_bias, -SHARPNESS * (means**2).sum(axis=1)]).astype(
-            np.float32
-        ),
-        novelty=replace(
-            before.novelty,
-            weight=np.concatenate([before.novelty.weight, means]).astype(np.float32),
-            bias=np.zeros(len(before.classes) + len(means), np.float32),
-        ),
-        classes=(*before.classes, *(ClassEntry(label, task) for label in colours)),
+        head_weight=2 * np.float32(SHARPNESS) * means,
+        head_bias=-np.float32(SHARPNESS) * (means**2).sum(axis=1),
+        novelty=replace(before.novelty, weight=means, bias=np.zeros(len(classes), np.float32)),
+        class_means=means,
+        class_counts=np.ones(len(classes), np.int64),
+        classes=classes,
         tasks=before.tasks + 1,
     )
     report = TaskReport(
@@ -91,7 +107,7 @@ def publish_colours(
         training_accuracy=1.0,
         held_out_accuracy_task_known=None,
         held_out_accuracy=None,
-        held_out_counts={},
+        held_out_counts=dict.fromkeys(colours, 1),
         held_out_method=HeldOut.NONE,
         temperature=1.0,
         tasks_left=None,

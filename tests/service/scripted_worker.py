@@ -116,8 +116,9 @@ class Worker:
                 self.send("failed", task=task, **fields)
 
     def learn(self, command: dict[str, Any]) -> None:
-        task, epochs = command["task"], command["settings"]["epochs"] or 5
-        for number, stage in enumerate(STAGES):
+        task, epochs = command["task"], command.get("settings", {}).get("epochs") or 5
+        first = STAGES.index("EXPORTING") if command["command"] == "edit" else 0
+        for number, stage in enumerate(STAGES[first:], first):
             trains = stage == "TRAINING"
             self.send(
                 "progress",

@@ -269,18 +269,6 @@ async def test_a_client_that_is_gone_in_mid_upload(running: Running) -> None:
     assert task.name.endswith(f"/{spool.name}")
 
 
-async def test_classes_that_are_known_or_on_their_way(
-    start: Callable[..., Any], settings: Any
-) -> None:
-    publish(settings.store, red=RED)
-    running = await start()
-    with fails(*STATE, field="examples[2].label"):
-        await running.learn({"new": [png()] * 2, "red": [png()]})
-    await assert_unharmed(running)
-    with fails(*STATE, field="examples[0].label"):
-        await running.learn({"a good class": [png()]})
-
-
 @pytest.mark.parametrize(
     ("name", "status"),
     [

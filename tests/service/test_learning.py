@@ -13,7 +13,7 @@ import pytest
 from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2 as pb
-from tests.service.conftest import BLUE, GREEN, RED, Running, Script, fails, png, upload
+from tests.service.conftest import BLUE, GREEN, RED, WHITE, Running, Script, fails, png
 from tests.service.scripted_worker import STAGES
 
 
@@ -138,22 +138,26 @@ async def test_of_equal_requests_at_the_same_time_one_is_accepted(
     assert len(list((running.settings.store / "spool").iterdir())) == 1
 
 
-async def test_of_two_tasks_with_the_same_class_one_is_accepted(
-    running: Running, script: Script
-) -> None:
+async def test_a_class_may_be_in_several_tasks(running: Running, script: Script) -> None:
+    """Also in one that is queued, and beside new classes."""
     script.hold("DECODING")
-    calls = []
-    for _ in range(2):
-        call = running.learner.LearnTask()
-        for message in upload({"a": [png()]}):
-            await call.write(message)
-        calls.append(call)
-    await calls[0].done_writing()
-    await calls[0]
-    await calls[1].done_writing()
-    with fails("FAILED_PRECONDITION", "WRONG_STATE", "examples[0].label"):
-        await calls[1]
-    assert len(list((running.settings.store / "spool").iterdir())) == 1
+    tasks = [
+        await running.learn({"a": [png(RED)]}),
+        await running.learn({"b": [png(GREEN)], "a": [png(BLUE)]}),
+    ]
+    await script.reached("DECODING")
+    script.release("DECODING")
+    tasks.append(await running.learn({"a": [png(WHITE)], "c": [png(RED)]}))
+    ended = [await running.ended(task.name) for task in tasks]
+    assert [task.state for task in ended] == [pb.TASK_STATE_PUBLISHED] * 3
+    assert [c.label for c in ended[2].classes] == ["a", "c"]
+    known = running.store.version(3).classes
+    assert [(entry.label, entry.task) for entry in known] == [
+        (label, task.name.split("/")[-1]) for label, task in zip("abc", tasks, strict=True)
+    ]
+    request = predictor_pb.PredictRequest(images=[png(WHITE), png(GREEN), png(RED)])
+    answer = await running.predictor.Predict(request)
+    assert [p.scores[0].label for p in answer.predictions] == ["a", "b", "c"]
 
 
 # -- lists ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ import pytest
 
 from inflora.v1 import task_pb2 as pb
 from inflora_core.errors import NotFoundError, StoreFormatError, UnavailableError
-from inflora_core.model import Failure, Progress, Stage, Task, TaskState
+from inflora_core.model import (
+    ClassUpdate,
+    Failure,
+    Forget,
+    Progress,
+    Stage,
+    Task,
+    TaskState,
+)
 from inflora_core.spool import SpoolWriter
 from inflora_service import tasks
 from inflora_service.records import Snapshot, TaskRecords
@@ -40,7 +49,12 @@ def test_records_are_as_they_were_after_opening_again(tmp_path: Path) -> None:
     records = TaskRecords(tmp_path)
     waiting = make_task(1, request_id="r")
     failed = make_task(2, state=TaskState.FAILED, failure=Failure("PARITY", "they differ"))
-    for task in (waiting, failed):
+    edits = [
+        make_task(3, labels=(), example_counts=(), state=TaskState.CANCELLED, edit=edit)
+        for edit in (Forget(("a", "b"), purge=True), ClassUpdate("a", None, ("x",), ("y", "z")))
+    ]
+    edits[1] = replace(edits[1], id="task-4")
+    for task in (waiting, failed, *edits):
         records.insert(task)
     snapshot = Snapshot(failed, Progress(Stage.CHECKING, 0.9, 3, 3, 0.25))
     records.update(snapshot)
@@ -52,10 +66,56 @@ def test_records_are_as_they_were_after_opening_again(tmp_path: Path) -> None:
     assert records.by_request_id("r") == waiting
     assert records.by_request_id("") is None
     assert records.unfinished() == [waiting]
-    assert [number for number, _ in records.page(None, 10)] == [2, 1]
+    assert [number for number, _ in records.page(None, 10)] == [4, 3, 2, 1]
     assert records.page(2, 10) == [(1, Snapshot(waiting))]
+    assert [records.get(task.id).task for task in edits] == edits
+    assert [task.kind for task in (waiting, *edits)] == ["LEARN", "FORGET", "UPDATE_CLASS"]
     with pytest.raises(NotFoundError):
-        records.get("task-3")
+        records.get("task-5")
+    records.close()
+
+
+SECRET = "Ünal O'Brien"
+
+
+def test_names_are_taken_out_of_ended_tasks(tmp_path: Path) -> None:
+    """No file holds them then, whatever was written before."""
+    records = TaskRecords(tmp_path)
+    ended = {"state": TaskState.FAILED, "display_name": SECRET}
+    told = [f"there is no class {SECRET!a}", f"class {SECRET!r} was taught"]
+    failed = [make_task(i, **ended, failure=Failure("X", told[i])) for i in range(2)]
+    learned = make_task(2, labels=("cat", SECRET), **ended)
+    renamed = make_task(3, **ended, labels=(), example_counts=(), edit=ClassUpdate("cat", SECRET))
+    own = make_task(4, labels=(), example_counts=(), edit=Forget((SECRET, "x"), purge=True))
+    for task in (*failed, learned, renamed, own):
+        records.insert(replace(task, display_name="long before " * 1000))
+        records.update(Snapshot(task, Progress(Stage.PUBLISHING, 1.0)))
+    for _ in range(2):
+        records.redact([SECRET], own.id)
+        assert [records.get(task.id).task.failure.message for task in failed] == [  # type: ignore[union-attr]
+            "there is no class [forgotten]",
+            "class [forgotten] was taught",
+        ]
+        assert records.get("task-2").task == replace(
+            learned, labels=("cat", "[forgotten]"), display_name="[forgotten]"
+        )
+        # The hash of a request that is nothing but a name would give the name away.
+        assert records.get("task-3").task == replace(
+            renamed,
+            edit=ClassUpdate("cat", "[forgotten]"),
+            display_name="[forgotten]",
+            content_sha256="",
+        )
+        assert records.get("task-4").task.edit == Forget(("[forgotten]", "x"), purge=True)
+        assert records.get("task-4").progress == Progress(Stage.PUBLISHING, 1.0)
+        for path in tmp_path.iterdir():
+            content = path.read_bytes()
+            assert SECRET.encode() not in content
+            assert ascii(SECRET)[1:-1].encode() not in content
+    waiting = make_task(5, labels=(SECRET,), example_counts=(1,))
+    records.insert(waiting)
+    records.redact([SECRET], own.id)
+    assert records.get("task-5").task == waiting, "it is not forgotten what has not been learned"
     records.close()
 
 

@@ -376,8 +376,10 @@ async def test_with_a_damaged_current_version_another_can_be_promoted(
     request = predictor_pb.PredictRequest(images=[png()])
     with fails("DATA_LOSS", "DAMAGED"):
         await running.predictor.Predict(request)
+    task = await running.learn({"blue": [png()]})  # waits for a version to build on
+    assert task.state == pb.TASK_STATE_QUEUED
     with fails("DATA_LOSS", "DAMAGED"):
-        await running.learn({"blue": [png()]})
+        await running.predictor.Predict(request)
 
     promote = model_pb.PromoteVersionRequest(name="models/default/versions/1")
     await running.model.PromoteVersion(promote)

@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="Id or full name of a task.")]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Return once the task is queued.")]
 
 FolderArgument = Annotated[
     Path,
@@ -112,9 +113,7 @@ def learn(
         float | None,
         typer.Option(min=0, max=0.5, help="Share of the images kept to measure accuracy."),
     ] = None,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="Return once the task is uploaded.")
-    ] = False,
+    detach: DetachOption = False,
     server: ServerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -133,11 +132,67 @@ def learn(
     }
     with session.client() as client:
         task = uploading.upload(examples, lambda counted: client.learn(counted, **options))
-        if detach:
-            state = f"task {task.id} is {task.state.lower()}"
-            session.show([task], f"{state}; {learning.how_to_go_on(task.id)}")
+        learning.queued(session, client, task, detach)
+
+
+@app.command()
+def forget(
+    context: typer.Context,
+    labels: Annotated[
+        list[str], typer.Argument(metavar="LABEL...", help="Labels or aliases of classes.")
+    ],
+    purge: Annotated[
+        bool,
+        typer.Option(
+            "--purge", help="Delete the data of all older versions that know them, for good."
+        ),
+    ] = False,
+    detach: DetachOption = False,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Forget classes for good: no version will know them any more."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        learning.queued(session, client, client.forget(labels, purge=purge), detach)
+
+
+@app.command()
+def rename(
+    context: typer.Context,
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Label of a class, or an alias.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Its label from now on.")],
+    detach: DetachOption = False,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a class another label."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        learning.queued(session, client, client.update_class(old, new_label=new), detach)
+
+
+@app.command()
+def alias(
+    context: typer.Context,
+    label: Annotated[str, typer.Argument(metavar="LABEL", help="Label of a class, or an alias.")],
+    aliases: Annotated[
+        list[str],
+        typer.Argument(metavar="ALIAS...", help="Names under which examples of it may arrive."),
+    ],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the aliases away.")] = False,
+    detach: DetachOption = False,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a class more names; predictions go on naming its label."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        if remove:
+            task = client.update_class(label, remove_aliases=aliases)
         else:
-            learning.follow(session, client, task.id)
+            task = client.update_class(label, add_aliases=aliases)
+        learning.queued(session, client, task, detach)
 
 
 @app.command()

@@ -14,6 +14,15 @@ def how_to_go_on(task_id: str) -> str:
     return f"follow it with 'inflora watch {task_id}', stop it with 'inflora cancel {task_id}'"
 
 
+def queued(session: Session, client: Client, task: Task, detach: bool) -> None:
+    """Follow a task that was accepted just now, or say how that can be done later."""
+    if detach:
+        state = f"task {task.id} is {task.state.lower()}"
+        session.show([task], f"{state}; {how_to_go_on(task.id)}")
+    else:
+        follow(session, client, task.id)
+
+
 def follow(session: Session, client: Client, task_id: str) -> None:
     """Show a task's progress until it ends, then what became of it.
 

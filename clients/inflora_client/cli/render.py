@@ -42,6 +42,22 @@ def describe(task: Task) -> str:
     return "  ".join(words)
 
 
+def describe_edit(task: Task) -> str:
+    """One line on what a task is to change, "" if it is to learn."""
+    if task.forget:
+        words = [", ".join(task.forget.labels), *(["and purge"] if task.forget.purge else [])]
+        return " ".join(["forget", *words])
+    if task.update:
+        update = task.update
+        changes = [
+            *([f"now {update.new_label}"] if update.new_label else []),
+            *(f"not {alias}" for alias in update.remove_aliases),
+            *(f"also {alias}" for alias in update.add_aliases),
+        ]
+        return f"{update.label}: {', '.join(changes)}"
+    return ""
+
+
 class ProgressBar(Protocol):
     """Shows one line and how much is done."""
 
@@ -76,7 +92,7 @@ def task_table(tasks: Iterable[Task]) -> Table:
         (
             (
                 task.id,
-                task.display_name,
+                task.display_name or describe_edit(task),
                 describe(task),
                 len(task.classes),
                 task.example_count,
@@ -91,11 +107,11 @@ def task_table(tasks: Iterable[Task]) -> Table:
 def version_table(versions: Iterable[Version]) -> Table:
     """One row a version."""
     return _table(
-        ("version", "current", "classes", "parent", "task", "created"),
+        ("version", "state", "classes", "parent", "task", "created"),
         (
             (
                 version.number,
-                "yes" if version.current else "",
+                "current" if version.current else "purged" if version.purged else "",
                 len(version.classes),
                 short(version.parent),
                 short(version.task),
@@ -146,9 +162,14 @@ def summary_table(task: Task) -> Table:
     rows: list[Sequence[object]] = [
         ("task", task.id),
         ("version", short(task.version)),
-        ("classes", ", ".join(c.label for c in task.classes)),
-        ("images", task.example_count),
     ]
+    if change := describe_edit(task):
+        rows.append(("change", change))
+    else:
+        rows += [
+            ("classes", ", ".join(c.label for c in task.classes)),
+            ("images", task.example_count),
+        ]
     if task.report:
         report = task.report
         rows += [

@@ -104,6 +104,153 @@ class LearnTaskResponse(_message.Message):
 Global___LearnTaskResponse: _TypeAlias = LearnTaskResponse  # noqa: Y015
 
 @_typing.final
+class ForgetClassesRequest(_message.Message):
+    """What to forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    PURGE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`models/{model}`. Empty means `models/default`."""
+    purge: _builtins.bool
+    """Whether to delete the data of all older versions that know the classes, which can then never be
+    used again, and their names wherever the server keeps them. Also finds classes that were
+    forgotten before without it.
+    """
+    request_id: _builtins.str
+    """Chosen by the client, at most 128 characters. A retry with the same id and the same content
+    returns the task that exists. Empty: every call makes a new task.
+    """
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Labels or aliases of the classes; at least one. Classes that go by one of them in other
+        versions only are forgotten, too.
+        """
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        purge: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "parent", b"parent", "purge", b"purge", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetClassesRequest: _TypeAlias = ForgetClassesRequest  # noqa: Y015
+
+@_typing.final
+class ForgetClassesResponse(_message.Message):
+    """The accepted task."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def task(self) -> _task_pb2.Task:
+        """The task, QUEUED (or further, after a retry with the same request_id)."""
+
+    def __init__(
+        self,
+        *,
+        task: _task_pb2.Task | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetClassesResponse: _TypeAlias = ForgetClassesResponse  # noqa: Y015
+
+@_typing.final
+class UpdateClassRequest(_message.Message):
+    """What to call a class. At least one change is asked for; the label changes first, then aliases are
+    removed, then added, so that the old label can become an alias.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    NEW_LABEL_FIELD_NUMBER: _builtins.int
+    ADD_ALIASES_FIELD_NUMBER: _builtins.int
+    REMOVE_ALIASES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`models/{model}`. Empty means `models/default`."""
+    label: _builtins.str
+    """What the class is called now: its label, or an alias."""
+    new_label: _builtins.str
+    """Its label from now on, as in `Example.label`. Unset keeps it. An alias of it can become the
+    label.
+    """
+    request_id: _builtins.str
+    """Chosen by the client, at most 128 characters. A retry with the same id and the same content
+    returns the task that exists. Empty: every call makes a new task.
+    """
+    @_builtins.property
+    def add_aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """More names for it, as in `Example.label`. Examples under an alias are of the class; predictions
+        name the label.
+        """
+
+    @_builtins.property
+    def remove_aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Aliases that it has no more."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        label: _builtins.str = ...,
+        new_label: _builtins.str | None = ...,
+        add_aliases: _abc.Iterable[_builtins.str] | None = ...,
+        remove_aliases: _abc.Iterable[_builtins.str] | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_new_label", b"_new_label", "new_label", b"new_label"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_new_label", b"_new_label", "add_aliases", b"add_aliases", "label", b"label", "new_label", b"new_label", "parent", b"parent", "remove_aliases", b"remove_aliases", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__new_label: _TypeAlias = _typing.Literal["new_label"]  # noqa: Y015
+    _WhichOneofArgType__new_label: _TypeAlias = _typing.Literal["_new_label", b"_new_label"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__new_label) -> _WhichOneofReturnType__new_label | None: ...
+
+Global___UpdateClassRequest: _TypeAlias = UpdateClassRequest  # noqa: Y015
+
+@_typing.final
+class UpdateClassResponse(_message.Message):
+    """The accepted task."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def task(self) -> _task_pb2.Task:
+        """The task, QUEUED (or further, after a retry with the same request_id)."""
+
+    def __init__(
+        self,
+        *,
+        task: _task_pb2.Task | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateClassResponse: _TypeAlias = UpdateClassResponse  # noqa: Y015
+
+@_typing.final
 class WatchTaskRequest(_message.Message):
     """Which task to watch."""
 

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class LearnerServiceStub(object):
-    """Teaches the model new classes. One task is learned at a time, first come first served.
+    """Teaches the model classes, forgets them, and changes what they are called. All of these are tasks:
+    one at a time, first come first served.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -44,6 +45,16 @@ class LearnerServiceStub(object):
                 '/inflora.v1.LearnerService/LearnTask',
                 request_serializer=inflora_dot_v1_dot_learner__service__pb2.LearnTaskRequest.SerializeToString,
                 response_deserializer=inflora_dot_v1_dot_learner__service__pb2.LearnTaskResponse.FromString,
+                _registered_method=True)
+        self.ForgetClasses = channel.unary_unary(
+                '/inflora.v1.LearnerService/ForgetClasses',
+                request_serializer=inflora_dot_v1_dot_learner__service__pb2.ForgetClassesRequest.SerializeToString,
+                response_deserializer=inflora_dot_v1_dot_learner__service__pb2.ForgetClassesResponse.FromString,
+                _registered_method=True)
+        self.UpdateClass = channel.unary_unary(
+                '/inflora.v1.LearnerService/UpdateClass',
+                request_serializer=inflora_dot_v1_dot_learner__service__pb2.UpdateClassRequest.SerializeToString,
+                response_deserializer=inflora_dot_v1_dot_learner__service__pb2.UpdateClassResponse.FromString,
                 _registered_method=True)
         self.WatchTask = channel.unary_stream(
                 '/inflora.v1.LearnerService/WatchTask',
@@ -68,7 +79,8 @@ class LearnerServiceStub(object):
 
 
 class LearnerServiceServicer(object):
-    """Teaches the model new classes. One task is learned at a time, first come first served.
+    """Teaches the model classes, forgets them, and changes what they are called. All of these are tasks:
+    one at a time, first come first served.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -80,17 +92,60 @@ class LearnerServiceServicer(object):
         """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
         stored durably and queued; nothing is kept of an upload that does not get that far.
 
+        Classes may be new or known, also by an alias, and may be in several tasks.
+
         Limits, unless the server is set to others: 32 MiB a message; an image as in `Example`; 50000
         images, 4 GiB of encoded images and 10000 classes a task; 100 tasks in the queue.
 
         Errors:
         - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
         - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
-        - FAILED_PRECONDITION: a class is known already, or is in a task that is queued. A retry does
-        not help.
         - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
         queue or the disk is full (a retry later may help).
         - NOT_FOUND: there is no such model. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
+        - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetClasses(self, request, context):
+        """Queues a task that forgets classes for good: they are not known in the version that it makes,
+        and from then on in no older one either, whatever is promoted. The same label can be taught
+        again later. Nothing is trained: what else was learned from their images stays in the weights.
+
+        Where no task is ahead of it, what is wrong with the labels is said at once. Otherwise that is
+        found when its turn comes, and the task ends FAILED with the same error.
+
+        Errors:
+        - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
+        - NOT_FOUND: there is no such model, or no class of that label. A retry does not help.
+        - FAILED_PRECONDITION: no class would be left. A retry helps once another is taught.
+        - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
+        - RESOURCE_EXHAUSTED: the queue or the disk is full. A retry later may help.
+        - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
+        - INTERNAL: a defect of the server. A retry may help.
+        - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateClass(self, request, context):
+        """Queues a task that changes what a class is called: its label, its aliases, or both. Older
+        versions keep the names that they were published with.
+
+        Where no task is ahead of it, what is wrong with the names is said at once. Otherwise that is
+        found when its turn comes, and the task ends FAILED with the same error.
+
+        Errors:
+        - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
+        - NOT_FOUND: there is no such model, class or alias. A retry does not help.
+        - ALREADY_EXISTS: a new name means a class already, or the request_id was used with other
+        content. A retry does not help.
+        - RESOURCE_EXHAUSTED: a class would have more than 100 aliases (a retry does not help), or the
+        queue or the disk is full (a retry later may help).
         - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
         - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
@@ -156,6 +211,16 @@ def add_LearnerServiceServicer_to_server(servicer, server):
                     request_deserializer=inflora_dot_v1_dot_learner__service__pb2.LearnTaskRequest.FromString,
                     response_serializer=inflora_dot_v1_dot_learner__service__pb2.LearnTaskResponse.SerializeToString,
             ),
+            'ForgetClasses': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetClasses,
+                    request_deserializer=inflora_dot_v1_dot_learner__service__pb2.ForgetClassesRequest.FromString,
+                    response_serializer=inflora_dot_v1_dot_learner__service__pb2.ForgetClassesResponse.SerializeToString,
+            ),
+            'UpdateClass': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateClass,
+                    request_deserializer=inflora_dot_v1_dot_learner__service__pb2.UpdateClassRequest.FromString,
+                    response_serializer=inflora_dot_v1_dot_learner__service__pb2.UpdateClassResponse.SerializeToString,
+            ),
             'WatchTask': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchTask,
                     request_deserializer=inflora_dot_v1_dot_learner__service__pb2.WatchTaskRequest.FromString,
@@ -185,7 +250,8 @@ def add_LearnerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LearnerService(object):
-    """Teaches the model new classes. One task is learned at a time, first come first served.
+    """Teaches the model classes, forgets them, and changes what they are called. All of these are tasks:
+    one at a time, first come first served.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -210,6 +276,60 @@ class LearnerService(object):
             '/inflora.v1.LearnerService/LearnTask',
             inflora_dot_v1_dot_learner__service__pb2.LearnTaskRequest.SerializeToString,
             inflora_dot_v1_dot_learner__service__pb2.LearnTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetClasses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inflora.v1.LearnerService/ForgetClasses',
+            inflora_dot_v1_dot_learner__service__pb2.ForgetClassesRequest.SerializeToString,
+            inflora_dot_v1_dot_learner__service__pb2.ForgetClassesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateClass(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inflora.v1.LearnerService/UpdateClass',
+            inflora_dot_v1_dot_learner__service__pb2.UpdateClassRequest.SerializeToString,
+            inflora_dot_v1_dot_learner__service__pb2.UpdateClassResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class LearnerServiceStub:
-    """Teaches the model new classes. One task is learned at a time, first come first served.
+    """Teaches the model classes, forgets them, and changes what they are called. All of these are tasks:
+    one at a time, first come first served.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -43,17 +44,52 @@ class LearnerServiceStub:
     """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
     stored durably and queued; nothing is kept of an upload that does not get that far.
 
+    Classes may be new or known, also by an alias, and may be in several tasks.
+
     Limits, unless the server is set to others: 32 MiB a message; an image as in `Example`; 50000
     images, 4 GiB of encoded images and 10000 classes a task; 100 tasks in the queue.
 
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
     - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
-    - FAILED_PRECONDITION: a class is known already, or is in a task that is queued. A retry does
-      not help.
     - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
       queue or the disk is full (a retry later may help).
     - NOT_FOUND: there is no such model. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
+    - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+    """
+    ForgetClasses: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.ForgetClassesRequest, _learner_service_pb2.ForgetClassesResponse]
+    """Queues a task that forgets classes for good: they are not known in the version that it makes,
+    and from then on in no older one either, whatever is promoted. The same label can be taught
+    again later. Nothing is trained: what else was learned from their images stays in the weights.
+
+    Where no task is ahead of it, what is wrong with the labels is said at once. Otherwise that is
+    found when its turn comes, and the task ends FAILED with the same error.
+
+    Errors:
+    - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
+    - NOT_FOUND: there is no such model, or no class of that label. A retry does not help.
+    - FAILED_PRECONDITION: no class would be left. A retry helps once another is taught.
+    - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
+    - RESOURCE_EXHAUSTED: the queue or the disk is full. A retry later may help.
+    - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
+    - INTERNAL: a defect of the server. A retry may help.
+    - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+    """
+    UpdateClass: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.UpdateClassRequest, _learner_service_pb2.UpdateClassResponse]
+    """Queues a task that changes what a class is called: its label, its aliases, or both. Older
+    versions keep the names that they were published with.
+
+    Where no task is ahead of it, what is wrong with the names is said at once. Otherwise that is
+    found when its turn comes, and the task ends FAILED with the same error.
+
+    Errors:
+    - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
+    - NOT_FOUND: there is no such model, class or alias. A retry does not help.
+    - ALREADY_EXISTS: a new name means a class already, or the request_id was used with other
+      content. A retry does not help.
+    - RESOURCE_EXHAUSTED: a class would have more than 100 aliases (a retry does not help), or the
+      queue or the disk is full (a retry later may help).
     - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
     - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
@@ -94,7 +130,8 @@ class LearnerServiceStub:
 
 @_typing.type_check_only
 class LearnerServiceAsyncStub(LearnerServiceStub):
-    """Teaches the model new classes. One task is learned at a time, first come first served.
+    """Teaches the model classes, forgets them, and changes what they are called. All of these are tasks:
+    one at a time, first come first served.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -107,17 +144,52 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
     stored durably and queued; nothing is kept of an upload that does not get that far.
 
+    Classes may be new or known, also by an alias, and may be in several tasks.
+
     Limits, unless the server is set to others: 32 MiB a message; an image as in `Example`; 50000
     images, 4 GiB of encoded images and 10000 classes a task; 100 tasks in the queue.
 
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
     - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
-    - FAILED_PRECONDITION: a class is known already, or is in a task that is queued. A retry does
-      not help.
     - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
       queue or the disk is full (a retry later may help).
     - NOT_FOUND: there is no such model. A retry does not help.
+    - INTERNAL: a defect of the server. A retry may help.
+    - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+    """
+    ForgetClasses: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForgetClassesRequest, _learner_service_pb2.ForgetClassesResponse]  # type: ignore[assignment]
+    """Queues a task that forgets classes for good: they are not known in the version that it makes,
+    and from then on in no older one either, whatever is promoted. The same label can be taught
+    again later. Nothing is trained: what else was learned from their images stays in the weights.
+
+    Where no task is ahead of it, what is wrong with the labels is said at once. Otherwise that is
+    found when its turn comes, and the task ends FAILED with the same error.
+
+    Errors:
+    - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
+    - NOT_FOUND: there is no such model, or no class of that label. A retry does not help.
+    - FAILED_PRECONDITION: no class would be left. A retry helps once another is taught.
+    - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
+    - RESOURCE_EXHAUSTED: the queue or the disk is full. A retry later may help.
+    - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
+    - INTERNAL: a defect of the server. A retry may help.
+    - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+    """
+    UpdateClass: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.UpdateClassRequest, _learner_service_pb2.UpdateClassResponse]  # type: ignore[assignment]
+    """Queues a task that changes what a class is called: its label, its aliases, or both. Older
+    versions keep the names that they were published with.
+
+    Where no task is ahead of it, what is wrong with the names is said at once. Otherwise that is
+    found when its turn comes, and the task ends FAILED with the same error.
+
+    Errors:
+    - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
+    - NOT_FOUND: there is no such model, class or alias. A retry does not help.
+    - ALREADY_EXISTS: a new name means a class already, or the request_id was used with other
+      content. A retry does not help.
+    - RESOURCE_EXHAUSTED: a class would have more than 100 aliases (a retry does not help), or the
+      queue or the disk is full (a retry later may help).
     - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
     - INTERNAL: a defect of the server. A retry may help.
     - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
@@ -157,7 +229,8 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     """
 
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Teaches the model new classes. One task is learned at a time, first come first served.
+    """Teaches the model classes, forgets them, and changes what they are called. All of these are tasks:
+    one at a time, first come first served.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -174,17 +247,64 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
         stored durably and queued; nothing is kept of an upload that does not get that far.
 
+        Classes may be new or known, also by an alias, and may be in several tasks.
+
         Limits, unless the server is set to others: 32 MiB a message; an image as in `Example`; 50000
         images, 4 GiB of encoded images and 10000 classes a task; 100 tasks in the queue.
 
         Errors:
         - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
         - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
-        - FAILED_PRECONDITION: a class is known already, or is in a task that is queued. A retry does
-          not help.
         - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
           queue or the disk is full (a retry later may help).
         - NOT_FOUND: there is no such model. A retry does not help.
+        - INTERNAL: a defect of the server. A retry may help.
+        - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+        """
+
+    @_abc_1.abstractmethod
+    def ForgetClasses(
+        self,
+        request: _learner_service_pb2.ForgetClassesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_service_pb2.ForgetClassesResponse, _abc.Awaitable[_learner_service_pb2.ForgetClassesResponse]]:
+        """Queues a task that forgets classes for good: they are not known in the version that it makes,
+        and from then on in no older one either, whatever is promoted. The same label can be taught
+        again later. Nothing is trained: what else was learned from their images stays in the weights.
+
+        Where no task is ahead of it, what is wrong with the labels is said at once. Otherwise that is
+        found when its turn comes, and the task ends FAILED with the same error.
+
+        Errors:
+        - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
+        - NOT_FOUND: there is no such model, or no class of that label. A retry does not help.
+        - FAILED_PRECONDITION: no class would be left. A retry helps once another is taught.
+        - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
+        - RESOURCE_EXHAUSTED: the queue or the disk is full. A retry later may help.
+        - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
+        - INTERNAL: a defect of the server. A retry may help.
+        - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateClass(
+        self,
+        request: _learner_service_pb2.UpdateClassRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_service_pb2.UpdateClassResponse, _abc.Awaitable[_learner_service_pb2.UpdateClassResponse]]:
+        """Queues a task that changes what a class is called: its label, its aliases, or both. Older
+        versions keep the names that they were published with.
+
+        Where no task is ahead of it, what is wrong with the names is said at once. Otherwise that is
+        found when its turn comes, and the task ends FAILED with the same error.
+
+        Errors:
+        - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
+        - NOT_FOUND: there is no such model, class or alias. A retry does not help.
+        - ALREADY_EXISTS: a new name means a class already, or the request_id was used with other
+          content. A retry does not help.
+        - RESOURCE_EXHAUSTED: a class would have more than 100 aliases (a retry does not help), or the
+          queue or the disk is full (a retry later may help).
         - DATA_LOSS: the current version is damaged. A retry helps once another is promoted.
         - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.

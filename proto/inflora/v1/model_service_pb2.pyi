@@ -27,19 +27,25 @@ class VersionClass(_message.Message):
 
     LABEL_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
     label: _builtins.str
     """The class's label."""
     task: _builtins.str
-    """The task that taught it, `models/{model}/tasks/{task}`."""
+    """The task that first taught it, `models/{model}/tasks/{task}`."""
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other names under which examples of it may arrive."""
+
     def __init__(
         self,
         *,
         label: _builtins.str = ...,
         task: _builtins.str = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "label", b"label", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -77,7 +83,7 @@ Global___Artifact: _TypeAlias = Artifact  # noqa: Y015
 
 @_typing.final
 class Version(_message.Message):
-    """An immutable state of the model."""
+    """An immutable state of the model, but for classes that are forgotten."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -89,6 +95,7 @@ class Version(_message.Message):
     CLASSES_FIELD_NUMBER: _builtins.int
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
+    PURGED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`models/{model}/versions/{n}`, n from 1."""
     parent: _builtins.str
@@ -99,17 +106,21 @@ class Version(_message.Message):
     """Whether it answers Predict."""
     provider: _builtins.str
     """Execution provider that runs it, for example `CPUExecutionProvider`; empty when not loaded."""
+    purged: _builtins.bool
+    """Whether its data were deleted because it knew a class that was purged. It can never be used
+    again.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
 
     @_builtins.property
     def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionClass]:
-        """The classes it knows; position i belongs to logit i."""
+        """The classes it knows, without those forgotten since; position i belongs to logit i."""
 
     @_builtins.property
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artifact]:
-        """Its files."""
+        """Its files. Those that hold a class forgotten since are not handed out, and left out here."""
 
     def __init__(
         self,
@@ -122,10 +133,11 @@ class Version(_message.Message):
         classes: _abc.Iterable[Global___VersionClass] | None = ...,
         artifacts: _abc.Iterable[Global___Artifact] | None = ...,
         provider: _builtins.str = ...,
+        purged: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "classes", b"classes", "create_time", b"create_time", "current", b"current", "name", b"name", "parent", b"parent", "provider", b"provider", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "classes", b"classes", "create_time", b"create_time", "current", b"current", "name", b"name", "parent", b"parent", "provider", b"provider", "purged", b"purged", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

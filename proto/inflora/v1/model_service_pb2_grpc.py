@@ -104,6 +104,8 @@ class ModelServiceServicer(object):
         A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and
+        - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten. A retry does
+        not help.
         - DATA_LOSS: a file of the version is damaged. A retry does not help.
         - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
         """
@@ -117,6 +119,8 @@ class ModelServiceServicer(object):
         Errors: as GetVersion, and
         - INVALID_ARGUMENT: the offset is negative. A retry does not help.
         - NOT_FOUND: the version has no such artifact. A retry does not help.
+        - FAILED_PRECONDITION: the file holds a class that was forgotten since; the message says which
+        version to use instead. A retry does not help.
         - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
         - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
         """

@@ -64,6 +64,8 @@ class ModelServiceStub:
     A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
+    - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten. A retry does
+      not help.
     - DATA_LOSS: a file of the version is damaged. A retry does not help.
     - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
     """
@@ -73,6 +75,8 @@ class ModelServiceStub:
     Errors: as GetVersion, and
     - INVALID_ARGUMENT: the offset is negative. A retry does not help.
     - NOT_FOUND: the version has no such artifact. A retry does not help.
+    - FAILED_PRECONDITION: the file holds a class that was forgotten since; the message says which
+      version to use instead. A retry does not help.
     - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
     - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
     """
@@ -113,6 +117,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
+    - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten. A retry does
+      not help.
     - DATA_LOSS: a file of the version is damaged. A retry does not help.
     - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
     """
@@ -122,6 +128,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Errors: as GetVersion, and
     - INVALID_ARGUMENT: the offset is negative. A retry does not help.
     - NOT_FOUND: the version has no such artifact. A retry does not help.
+    - FAILED_PRECONDITION: the file holds a class that was forgotten since; the message says which
+      version to use instead. A retry does not help.
     - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
     - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
     """
@@ -177,6 +185,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and
+        - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten. A retry does
+          not help.
         - DATA_LOSS: a file of the version is damaged. A retry does not help.
         - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
         """
@@ -192,6 +202,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors: as GetVersion, and
         - INVALID_ARGUMENT: the offset is negative. A retry does not help.
         - NOT_FOUND: the version has no such artifact. A retry does not help.
+        - FAILED_PRECONDITION: the file holds a class that was forgotten since; the message says which
+          version to use instead. A retry does not help.
         - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
         - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
         """

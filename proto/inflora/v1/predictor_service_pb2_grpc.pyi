@@ -50,8 +50,9 @@ class PredictorServiceStub:
     - INVALID_ARGUMENT: a field or an image is not acceptable (named in BadRequest). A retry does
       not help.
     - NOT_FOUND: there is no such model, version or task. A retry does not help.
-    - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
-      retry helps once a task is published.
+    - FAILED_PRECONDITION: no version is published yet, or the version does not know the task: a
+      retry helps once a task is published. Or the version is purged, or all of its classes are
+      forgotten: a retry does not help.
     - RESOURCE_EXHAUSTED: the message is over its limit, or has too many images (field `images`). A
       retry does not help.
     - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
@@ -86,8 +87,9 @@ class PredictorServiceAsyncStub(PredictorServiceStub):
     - INVALID_ARGUMENT: a field or an image is not acceptable (named in BadRequest). A retry does
       not help.
     - NOT_FOUND: there is no such model, version or task. A retry does not help.
-    - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
-      retry helps once a task is published.
+    - FAILED_PRECONDITION: no version is published yet, or the version does not know the task: a
+      retry helps once a task is published. Or the version is purged, or all of its classes are
+      forgotten: a retry does not help.
     - RESOURCE_EXHAUSTED: the message is over its limit, or has too many images (field `images`). A
       retry does not help.
     - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
@@ -125,8 +127,9 @@ class PredictorServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT: a field or an image is not acceptable (named in BadRequest). A retry does
           not help.
         - NOT_FOUND: there is no such model, version or task. A retry does not help.
-        - FAILED_PRECONDITION: no version is published yet, or the version does not know the task. A
-          retry helps once a task is published.
+        - FAILED_PRECONDITION: no version is published yet, or the version does not know the task: a
+          retry helps once a task is published. Or the version is purged, or all of its classes are
+          forgotten: a retry does not help.
         - RESOURCE_EXHAUSTED: the message is over its limit, or has too many images (field `images`). A
           retry does not help.
         - DATA_LOSS: the version is damaged. A retry helps once another is promoted.

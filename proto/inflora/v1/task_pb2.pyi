@@ -57,6 +57,34 @@ TASK_STATE_CANCELLED: TaskState.ValueType  # 5
 """Ended on request. No version came of it."""
 Global___TaskState: _TypeAlias = TaskState  # noqa: Y015
 
+class _TaskKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TaskKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TASK_KIND_UNSPECIFIED: _TaskKind.ValueType  # 0
+    """Never sent."""
+    TASK_KIND_LEARN: _TaskKind.ValueType  # 1
+    """It learns classes from images."""
+    TASK_KIND_FORGET: _TaskKind.ValueType  # 2
+    """It forgets classes; `Task.forget` says which."""
+    TASK_KIND_UPDATE_CLASS: _TaskKind.ValueType  # 3
+    """It changes what a class is called; `Task.update` says how."""
+
+class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper):
+    """What a task does to the model."""
+
+TASK_KIND_UNSPECIFIED: TaskKind.ValueType  # 0
+"""Never sent."""
+TASK_KIND_LEARN: TaskKind.ValueType  # 1
+"""It learns classes from images."""
+TASK_KIND_FORGET: TaskKind.ValueType  # 2
+"""It forgets classes; `Task.forget` says which."""
+TASK_KIND_UPDATE_CLASS: TaskKind.ValueType  # 3
+"""It changes what a class is called; `Task.update` says how."""
+Global___TaskKind: _TypeAlias = TaskKind  # noqa: Y015
+
 class _TaskStage:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -78,12 +106,12 @@ class _TaskStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskStage.V
     TASK_STAGE_EXPORTING: _TaskStage.ValueType  # 6
     """The merged model is written as ONNX."""
     TASK_STAGE_CHECKING: _TaskStage.ValueType  # 7
-    """ONNX is compared with the torch model before merging."""
+    """ONNX is compared with the torch model before merging, or with the version before."""
     TASK_STAGE_PUBLISHING: _TaskStage.ValueType  # 8
     """The version is made durable, loaded, warmed and made current."""
 
 class TaskStage(_TaskStage, metaclass=_TaskStageEnumTypeWrapper):
-    """What the learner is doing, in this order."""
+    """What the learner is doing, in this order. Tasks other than LEARN begin with EXPORTING."""
 
 TASK_STAGE_UNSPECIFIED: TaskStage.ValueType  # 0
 """The task is not being learned."""
@@ -100,7 +128,7 @@ TASK_STAGE_MERGING: TaskStage.ValueType  # 5
 TASK_STAGE_EXPORTING: TaskStage.ValueType  # 6
 """The merged model is written as ONNX."""
 TASK_STAGE_CHECKING: TaskStage.ValueType  # 7
-"""ONNX is compared with the torch model before merging."""
+"""ONNX is compared with the torch model before merging, or with the version before."""
 TASK_STAGE_PUBLISHING: TaskStage.ValueType  # 8
 """The version is made durable, loaded, warmed and made current."""
 Global___TaskStage: _TypeAlias = TaskStage  # noqa: Y015
@@ -277,7 +305,7 @@ class TaskClass(_message.Message):
     EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
     HELD_OUT_COUNT_FIELD_NUMBER: _builtins.int
     label: _builtins.str
-    """The class's label."""
+    """The class's label, or an alias of it, as it arrived. `[forgotten]` once the class is purged."""
     example_count: _builtins.int
     """Images of it that the task brought."""
     held_out_count: _builtins.int
@@ -575,8 +603,76 @@ class TaskReport(_message.Message):
 Global___TaskReport: _TypeAlias = TaskReport  # noqa: Y015
 
 @_typing.final
+class Forget(_message.Message):
+    """Classes to forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_FIELD_NUMBER: _builtins.int
+    PURGE_FIELD_NUMBER: _builtins.int
+    purge: _builtins.bool
+    """Whether the data of older versions that know them go, too."""
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Labels or aliases of the classes. `[forgotten]` once they are purged."""
+
+    def __init__(
+        self,
+        *,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        purge: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "purge", b"purge"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Forget: _TypeAlias = Forget  # noqa: Y015
+
+@_typing.final
+class ClassUpdate(_message.Message):
+    """A change of what a class is called."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    NEW_LABEL_FIELD_NUMBER: _builtins.int
+    ADD_ALIASES_FIELD_NUMBER: _builtins.int
+    REMOVE_ALIASES_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    """What it was called: its label, or an alias."""
+    new_label: _builtins.str
+    """Its new label; unset if it keeps the old one."""
+    @_builtins.property
+    def add_aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Aliases that were added."""
+
+    @_builtins.property
+    def remove_aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Aliases that were removed."""
+
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        new_label: _builtins.str | None = ...,
+        add_aliases: _abc.Iterable[_builtins.str] | None = ...,
+        remove_aliases: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_new_label", b"_new_label", "new_label", b"new_label"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_new_label", b"_new_label", "add_aliases", b"add_aliases", "label", b"label", "new_label", b"new_label", "remove_aliases", b"remove_aliases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__new_label: _TypeAlias = _typing.Literal["new_label"]  # noqa: Y015
+    _WhichOneofArgType__new_label: _TypeAlias = _typing.Literal["_new_label", b"_new_label"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__new_label) -> _WhichOneofReturnType__new_label | None: ...
+
+Global___ClassUpdate: _TypeAlias = ClassUpdate  # noqa: Y015
+
+@_typing.final
 class Task(_message.Message):
-    """Labelled images on their way to become a version."""
+    """Labelled images, or a change of the classes, on their way to become a version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -598,6 +694,9 @@ class Task(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    FORGET_FIELD_NUMBER: _builtins.int
+    UPDATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`models/{model}/tasks/{task}`."""
     display_name: _builtins.str
@@ -622,6 +721,8 @@ class Task(_message.Message):
     """Encoded size of all images, in bytes."""
     version: _builtins.str
     """The version that came of it, `models/{model}/versions/{n}`; empty unless PUBLISHED."""
+    kind: Global___TaskKind.ValueType
+    """What it does. Only tasks of kind LEARN have classes and examples."""
     @_builtins.property
     def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskClass]:
         """The classes, in the order they arrived."""
@@ -644,7 +745,15 @@ class Task(_message.Message):
 
     @_builtins.property
     def report(self) -> Global___TaskReport:
-        """What became of it; unset unless PUBLISHED."""
+        """What became of it; unset unless of kind LEARN and PUBLISHED."""
+
+    @_builtins.property
+    def forget(self) -> Global___Forget:
+        """For FORGET."""
+
+    @_builtins.property
+    def update(self) -> Global___ClassUpdate:
+        """For UPDATE_CLASS."""
 
     def __init__(
         self,
@@ -667,11 +776,16 @@ class Task(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         report: Global___TaskReport | None = ...,
+        kind: Global___TaskKind.ValueType = ...,
+        forget: Global___Forget | None = ...,
+        update: Global___ClassUpdate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "report", b"report", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "edit", b"edit", "end_time", b"end_time", "error", b"error", "forget", b"forget", "report", b"report", "start_time", b"start_time", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "epoch", b"epoch", "epochs", b"epochs", "error", b"error", "example_bytes", b"example_bytes", "example_count", b"example_count", "fraction_done", b"fraction_done", "loss", b"loss", "name", b"name", "report", b"report", "request_id", b"request_id", "stage", b"stage", "start_time", b"start_time", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "create_time", b"create_time", "display_name", b"display_name", "edit", b"edit", "end_time", b"end_time", "epoch", b"epoch", "epochs", b"epochs", "error", b"error", "example_bytes", b"example_bytes", "example_count", b"example_count", "forget", b"forget", "fraction_done", b"fraction_done", "kind", b"kind", "loss", b"loss", "name", b"name", "report", b"report", "request_id", b"request_id", "stage", b"stage", "start_time", b"start_time", "state", b"state", "update", b"update", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_edit: _TypeAlias = _typing.Literal["forget", "update"]  # noqa: Y015
+    _WhichOneofArgType_edit: _TypeAlias = _typing.Literal["edit", b"edit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_edit) -> _WhichOneofReturnType_edit | None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
