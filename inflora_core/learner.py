@@ -198,8 +198,9 @@ def train_expansions(
     Raises:
         InvalidInputError: the loss became NaN or infinite.
     """
-    parameters = [branch.expansion for branch in branches.values()] + list(head.parameters())
-    optimizer = torch.optim.Adam(parameters)
+    optimizer = optimizer_for(
+        [branch.expansion for branch in branches.values()], list(head.parameters()), config
+    )
     generator = torch.Generator().manual_seed(config.seed)
     steps = math.ceil(len(images) / config.batch_size)
     for epoch in range(config.epochs):
@@ -218,7 +219,7 @@ def train_expansions(
                     field="learning_rate",
                 )
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(config, epoch, step / steps)
+                group["lr"] = group["scale"] * learning_rate_at(config, epoch, step / steps)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -226,12 +227,25 @@ def train_expansions(
             tracker.step((epoch + (step + 1) / steps) / config.epochs)
 
 
+def optimizer_for(
+    expansions: list[nn.Parameter], head: list[nn.Parameter], config: LearnConfig
+) -> torch.optim.Optimizer:
+    """Return the optimizer; each group's ``scale`` is its share of the learning rate."""
+    scale = (config.head_learning_rate or config.learning_rate) / config.learning_rate
+    groups = [{"params": expansions, "scale": 1.0}, {"params": head, "scale": scale}]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    return torch.optim.Adam(groups)
+
+
 def learning_rate_at(config: LearnConfig, epoch: int, share: float) -> float:
     """Return the learning rate in ``epoch`` (from 0) when ``share`` of it is done.
 
     "published" lags one epoch behind the cosine that its authors wrote down: the base rate is used
-    for two epochs, and the smallest never.
+    for two epochs, and the smallest never. "step" is the published one for SGD.
     """
+    if config.schedule == "step":
+        return config.learning_rate * (0.1 if 5 * epoch >= 4 * config.epochs else 1.0)
     if config.schedule == "published":
         angle = 99 * math.pi * max(epoch - 1, 0) / (200 * max(config.epochs - 1, 1))
         return config.learning_rate * math.cos(angle)
