@@ -58,27 +58,38 @@ class TaskFeatures:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Means (classes, e), counts (classes,), shared scatter (e, e) about the classes' means."""
+    """What is kept of the images.
+
+    Attributes:
+        means: (classes, e)
+        counts: (classes,)
+        scatter: (e, e) of all images about their classes' means.
+        variances: (classes, e) of each class's features; only Gaussian alignment uses them.
+    """
 
     means: Floats
     counts: Ints
     scatter: Floats
+    variances: Floats
 
     @classmethod
     def empty(cls, classes: int, size: int) -> Statistics:
         """Return the statistics of no image."""
-        return cls(np.zeros((classes, size)), np.zeros(classes, int), np.zeros((size, size)))
+        each = np.zeros((classes, size))
+        return cls(each, np.zeros(classes, int), np.zeros((size, size)), each)
 
     def plus(self, features: Floats, labels: Ints) -> Statistics:
         """Return the statistics with images of classes that had none."""
         rows = features.astype(np.float64)
         means, counts, scatter = self.means.copy(), self.counts.copy(), self.scatter.copy()
+        variances = self.variances.copy()
         for label in np.unique(labels):
             mine = rows[labels == label]
             means[label], counts[label] = mine.mean(0), len(mine)
             deviations = mine - means[label]
             scatter += deviations.T @ deviations
-        return Statistics(means, counts, scatter)
+            variances[label] = (deviations**2).mean(0)
+        return Statistics(means, counts, scatter, variances)
 
     @property
     def covariance(self) -> Floats:
@@ -86,8 +97,9 @@ class Statistics:
         return self.scatter / max(int(self.counts.sum() - (self.counts > 0).sum()), 1)
 
     def first(self, classes: int) -> Statistics:
-        """Return the statistics with the means of the first ``classes`` alone."""
-        return replace(self, means=self.means[:classes], counts=self.counts[:classes])
+        """Return the statistics with the first ``classes`` alone."""
+        parts = (self.means[:classes], self.counts[:classes], self.variances[:classes])
+        return Statistics(parts[0], parts[1], self.scatter, parts[2])
 
 
 def nearest_mean(statistics: Statistics, features: Floats) -> Floats:
@@ -245,11 +257,13 @@ def aligned(
 ) -> Floats:
     """Score by a linear head trained on Gaussian pseudo-features of every class (SLCA).
 
-    Features are whitened first, so that one rate suits every backbone; a linear head absorbs that.
-    Training starts from the nearest mean among whitened features, which is LDA with a ridge of 0.1.
+    A class's pseudo-features have the correlations of all classes, and variances half-way between
+    its own and those of all: with one covariance for all, the best linear head is LDA's. Features
+    are whitened first, so that one rate suits every backbone; a linear head absorbs that. Training
+    starts from the nearest mean among whitened features, which is LDA with the least ridge.
 
     Args:
-        statistics: Means and shared covariance that the pseudo-features are drawn from.
+        statistics: What the pseudo-features are drawn from.
         features: What to score.
         tasks: Classes of each task.
         logit_norm: None, or SLCA's temperature: the loss sees logits divided by the mean over the
@@ -263,12 +277,15 @@ def aligned(
     classes, size = statistics.means.shape
     covariance = statistics.covariance
     variance = covariance.trace() / size or 1.0
-    values, vectors = np.linalg.eigh(covariance + 0.1 * variance * np.eye(size))
+    ridge = LDA_RIDGES[0] * variance
+    values, vectors = np.linalg.eigh(covariance + ridge * np.eye(size))
     whiten = vectors / np.sqrt(values)
     centre = statistics.means.mean(0)
     means = (statistics.means - centre) @ whiten
     # What is drawn has the covariance without the ridge.
-    spread = np.sqrt(np.maximum(values - 0.1 * variance, 0) / values)
+    root = vectors * np.sqrt(np.maximum(values - ridge, 0))
+    shared = np.maximum(covariance.diagonal(), 1e-12 * variance)
+    own = np.sqrt((1 + np.minimum(statistics.variances / shared, 4)) / 2)
     # From the nearest mean among whitened features: a logit norm of 0 cannot be divided by.
     weight, bias = means.T.copy(), -0.5 * (means**2).sum(1)
     speed_weight, speed_bias = np.zeros_like(weight), np.zeros_like(bias)
@@ -277,7 +294,8 @@ def aligned(
     steps = epochs * -(-len(labels) // batch)
     step = 0
     for _ in range(epochs):
-        drawn = means[labels] + spread * generator.standard_normal((len(labels), size))
+        noise = own[labels] * (generator.standard_normal((len(labels), size)) @ root.T)
+        drawn = means[labels] + noise @ whiten
         order = generator.permutation(len(labels))
         for start in range(0, len(order), batch):
             index = order[start : start + batch]
