@@ -21,6 +21,12 @@ MEAN ?=
 STD ?=
 # Settings of learning, for example SET="rank=8 batch_size=32":
 SET ?=
+# Of bench-accuracy (which takes several numbers of TASKS): orders of the classes, rows of the table,
+# auto, cpu or cuda, and processors:
+SEEDS ?=
+ROWS ?=
+DEVICE ?=
+THREADS ?=
 # Where the recorded numbers of the published code are, if not in ../shared/golden:
 GOLDEN ?=
 # GPU=1 uses an environment of its own, with onnxruntime-gpu in place of onnxruntime:
@@ -50,18 +56,29 @@ STUBS := build/stubs
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} \
 		/^##@ / {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+		/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: $(READY) ## serve, learn five tasks, predict all along, export (DATA=, BACKBONE=)
 	$(BIN)/python -m tests.benchmarks.demo $(STREAM_FLAGS)
 
 .PHONY: bench
-bench: bench-stream ## all benchmarks
+bench: bench-stream bench-accuracy ## all benchmarks
 
 .PHONY: bench-stream
 bench-stream: $(READY) ## learn a stream through the real server (DATA=, BACKBONE=, PRESET=, SET=, ...)
 	$(BIN)/python -m tests.benchmarks.stream $(STREAM_FLAGS)
+
+.PHONY: bench-accuracy
+bench-accuracy: $(READY) ## how well a stream is learned, beside other ways; resumes (DATA=, ROWS=, ...)
+	$(BIN)/python -m tests.benchmarks.accuracy $(ACCURACY_FLAGS)
+
+.PHONY: bench-cifar100 bench-imagenet-r bench-domainnet
+bench-cifar100: ## the published experiment, ours beside it (DATA=folder)
+bench-imagenet-r: ## likewise (DATA=folder, TASKS=5, 10 or 20)
+bench-domainnet: ## likewise (DATA=folder)
+bench-cifar100 bench-imagenet-r bench-domainnet: bench-%: $(READY)
+	$(BIN)/python -m tests.benchmarks.accuracy --stream $* $(ACCURACY_FLAGS)
 
 .PHONY: gpu-report
 gpu-report: $(READY) ## what the GPU of this machine does (GPU=1)
@@ -73,6 +90,12 @@ flag = $(if $(strip $(2)),--$(1) '$(strip $(2))')
 STREAM_FLAGS = $(call flag,data,$(DATA)) $(call flag,backbone,$(BACKBONE)) \
 	$(call flag,preset,$(PRESET)) $(call flag,epochs,$(EPOCHS)) $(call flag,tasks,$(TASKS)) \
 	$(call flag,mean,$(MEAN)) $(call flag,std,$(STD)) $(foreach pair,$(SET),--set $(pair))
+
+ACCURACY_FLAGS = $(call flag,data,$(DATA)) $(call flag,backbone,$(BACKBONE)) \
+	$(call flag,tasks,$(TASKS)) $(call flag,seeds,$(SEEDS)) $(call flag,epochs,$(EPOCHS)) \
+	$(call flag,rows,$(ROWS)) $(call flag,mean,$(MEAN)) $(call flag,std,$(STD)) \
+	$(call flag,device,$(DEVICE)) $(call flag,threads,$(THREADS)) \
+	$(foreach pair,$(SET),--set $(pair))
 
 ##@ Develop
 

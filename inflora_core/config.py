@@ -36,9 +36,14 @@ class LearnConfig(BaseModel):
     then training also ends early, when the held-out images stop getting better."""
     batch_size: int = Field(32, ge=1, le=4096)
     learning_rate: float = Field(1e-3, gt=0, le=10)
-    """Base rate of Adam, for the expansions and the new head."""
-    schedule: Literal["cosine", "published"] = "cosine"
-    """``published``: the cosine that lags one epoch (``learner.learning_rate_at``)."""
+    """Base rate, for the expansions and the new head."""
+    head_learning_rate: float | None = Field(None, gt=0, le=10)
+    """Base rate of the new head alone. None: ``learning_rate``, too."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """``sgd``: with a momentum of 0.9."""
+    schedule: Literal["cosine", "published", "step"] = "cosine"
+    """``published``: the cosine that lags one epoch (``training.learning_rate_at``). ``step``: a
+    tenth of the base rate in the last fifth of the epochs."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
     shuffle: bool = True
     """Visit the images in a new order in every epoch; without, in the order they came."""
@@ -94,24 +99,43 @@ class LearnConfig(BaseModel):
             raise InvalidInputError(f"{field}: {first['msg']}", field=field) from error
 
 
+_PUBLISHED = LearnConfig(
+    preset="published",
+    epochs=20,
+    batch_size=128,
+    learning_rate=5e-4,
+    schedule="published",
+    first_task="one-fewer",
+    threshold_first=0.95,
+    threshold_last=1.0,
+    threshold_limit=0.9999,
+    expected_tasks=10,
+    head="trained",
+    held_out_share=0.0,
+)
+
 PRESETS: dict[str, LearnConfig] = {
     "default": LearnConfig(),
-    "published": LearnConfig(
-        preset="published",
-        epochs=20,
-        batch_size=128,
-        learning_rate=5e-4,
-        schedule="published",
-        first_task="one-fewer",
-        threshold_first=0.95,
-        threshold_last=1.0,
-        threshold_limit=0.9999,
-        expected_tasks=10,
-        head="trained",
-        held_out_share=0.0,
+    "published": _PUBLISHED,
+    "published-cifar100": _PUBLISHED.updated(preset="published-cifar100"),
+    "published-imagenet-r": _PUBLISHED.updated(
+        preset="published-imagenet-r", epochs=50, threshold_first=0.98
+    ),
+    # Its memory keeps no complement side. Q and k hold the same space either way: both sides of
+    # the published memory grow by the same rule (tests/golden/test_dualgpm.py, lamb95 and lamb99).
+    "published-domainnet": _PUBLISHED.updated(
+        preset="published-domainnet",
+        rank=30,
+        epochs=5,
+        optimizer="sgd",
+        learning_rate=5e-3,
+        head_learning_rate=1e-2,
+        schedule="step",
+        expected_tasks=5,
     ),
 }
-"""Named settings, chosen with ``inflora serve --preset``."""
+"""Named settings, chosen with ``inflora serve --preset``. ``expected_tasks`` is to be set where a
+stream has another number of tasks than the published one."""
 
 
 def preset(name: str) -> LearnConfig:

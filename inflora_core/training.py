@@ -115,11 +115,12 @@ def train_expansions(
         InvalidInputError: the loss became NaN or infinite.
     """
     head, images, held_out = lesson.head, lesson.images, lesson.held_out
-    parameters = [branch.expansion for branch in branches.values()]
-    parameters += [part for part in head.parameters() if part.requires_grad]
+    expansions = [branch.expansion for branch in branches.values()]
+    free = [part for part in head.parameters() if part.requires_grad]
+    parameters = expansions + free
     if not parameters:
         return
-    optimizer = torch.optim.Adam(parameters)
+    optimizer = optimizer_for(expansions, free, config)
     generator = torch.Generator().manual_seed(config.seed)
     steps = math.ceil(len(images) / config.batch_size)
     watch = Watch(on=config.epochs is None and len(held_out) >= FEWEST_TO_STOP)
@@ -140,7 +141,7 @@ def train_expansions(
                 )
             done = (epoch + step / steps) / tracker.epochs
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(config, epoch, tracker.epochs, done)
+                group["lr"] = group["scale"] * learning_rate_at(config, epoch, tracker.epochs, done)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -149,6 +150,21 @@ def train_expansions(
         if watch.on and watch.over(held_out_loss(backbone, head, held_out, config), parameters):
             break
     watch.restore(parameters)
+
+
+def optimizer_for(
+    expansions: list[nn.Parameter], head: list[nn.Parameter], config: LearnConfig
+) -> torch.optim.Optimizer:
+    """Return the optimizer; each group's ``scale`` is its share of the learning rate."""
+    scale = (config.head_learning_rate or config.learning_rate) / config.learning_rate
+    groups = [
+        {"params": part, "scale": share}
+        for part, share in ((expansions, 1.0), (head, scale))
+        if part
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    return torch.optim.Adam(groups)
 
 
 @dataclass
@@ -194,8 +210,10 @@ def learning_rate_at(config: LearnConfig, epoch: int, epochs: int, done: float) 
     """Return the learning rate in ``epoch`` (from 0) of ``epochs``, a share ``done`` of all of it.
 
     "published" lags one epoch behind the cosine that its authors wrote down: the base rate is used
-    for two epochs, and the smallest never.
+    for two epochs, and the smallest never. "step" is the published one for SGD.
     """
+    if config.schedule == "step":
+        return config.learning_rate * (0.1 if 5 * epoch >= 4 * epochs else 1.0)
     if config.schedule == "published":
         angle = 99 * math.pi * max(epoch - 1, 0) / (200 * max(epochs - 1, 1))
         return config.learning_rate * math.cos(angle)

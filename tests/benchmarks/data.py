@@ -11,6 +11,11 @@ import numpy as np
 from PIL import Image
 
 Example = tuple[bytes, str]
+Splits = dict[str, tuple[list[bytes], list[bytes]]]
+"""Encoded images to teach and to test with, by class."""
+
+KINDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""What files with images end in."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,8 @@ def load(source: str, tasks: int | None, train_per_class: int | None, seed: int)
         train_per_class: At most so many training images of a class; None for all.
         seed: Decides which images of digits and folders are for testing (a third of them).
     """
-    if source == "digits":
-        splits = _cut(_digits(), seed)
-    elif source.endswith(".npz"):
-        splits = _npz(Path(source))
-    else:
-        splits = _cut(_folder(Path(source)), seed)
+    splits = split_by_class(source, seed)
     names = list(splits)
-    if not names:
-        raise SystemExit(f"{source} holds no sub-folder with images")
     tasks = tasks or min(5, len(names))
     if tasks > len(names):
         raise SystemExit(f"{len(names)} classes cannot make {tasks} tasks")
@@ -52,6 +50,19 @@ def load(source: str, tasks: int | None, train_per_class: int | None, seed: int)
         )
         for group in np.array_split(np.arange(len(names)), tasks)
     ]
+
+
+def split_by_class(source: str, seed: int) -> Splits:
+    """Return the training and the test images of every class of ``source``; see ``load``."""
+    if source == "digits":
+        splits = cut(_digits(), seed)
+    elif source.endswith(".npz"):
+        splits = _npz(Path(source))
+    else:
+        splits = cut(_folder(Path(source)), seed)
+    if not splits:
+        raise SystemExit(f"{source} holds no sub-folder with images")
+    return splits
 
 
 def _digits() -> dict[str, list[bytes]]:
@@ -66,16 +77,16 @@ def _digits() -> dict[str, list[bytes]]:
 
 
 def _folder(root: Path) -> dict[str, list[bytes]]:
-    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
     images = {
-        folder.name: [x.read_bytes() for x in sorted(folder.iterdir()) if x.suffix.lower() in kinds]
+        folder.name: [x.read_bytes() for x in sorted(folder.iterdir()) if x.suffix.lower() in KINDS]
         for folder in sorted(root.iterdir())
         if folder.is_dir()
     }
     return {name: files for name, files in images.items() if files}
 
 
-def _cut(images: dict[str, list[bytes]], seed: int) -> dict[str, tuple[list[bytes], list[bytes]]]:
+def cut(images: dict[str, list[bytes]], seed: int) -> Splits:
+    """Set a third of every class's images aside for testing, at least one."""
     generator, splits = np.random.default_rng(seed), {}
     for name, files in images.items():
         order = generator.permutation(len(files))
@@ -84,10 +95,10 @@ def _cut(images: dict[str, list[bytes]], seed: int) -> dict[str, tuple[list[byte
     return splits
 
 
-def _npz(path: Path) -> dict[str, tuple[list[bytes], list[bytes]]]:
+def _npz(path: Path) -> Splits:
     with np.load(path) as archive:
         names = [str(name) for name in archive["names"]]
-        splits: dict[str, tuple[list[bytes], list[bytes]]] = {name: ([], []) for name in names}
+        splits: Splits = {name: ([], []) for name in names}
         for side, split in enumerate(("train", "test")):
             content, offset = archive[f"{split}_bytes"].tobytes(), archive[f"{split}_offset"]
             for start, end, label in zip(

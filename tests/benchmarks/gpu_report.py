@@ -26,6 +26,7 @@ from inflora_core.model import BackboneConfig, ContinualModel, LabelledImages, L
 from inflora_core.predictor import Predictor, RuntimeOptions
 from inflora_core.progress import Tracker
 from inflora_core.store import initial_layer
+from tests.benchmarks import accuracy as accuracy_benchmark
 from tests.benchmarks import stream
 
 OUT = stream.ROOT / "build" / "gpu-report"
@@ -40,6 +41,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--data", default=str(stream.ROOT.parent / "shared" / "data"))
+    parser.add_argument(
+        "--table",
+        choices=("part", "whole"),
+        default="whole",
+        help="of the accuracy table: one order as 5 x 10, or all",
+    )
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU here; --device cpu runs the same steps on the processor")
@@ -50,6 +57,7 @@ def main() -> None:
         "bf16": bf16,
         "provider": provider,
         "accuracy": accuracy,
+        "table": table,
     }
     results = {}
     for name, step in steps.items():
@@ -164,6 +172,23 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
         stream.main([*common, *more, "--out", str(out)])
         results[name] = stream.summarise(json.loads((out / "results.json").read_text()))
     return results
+
+
+def table(options: argparse.Namespace) -> dict[str, Any]:
+    """The accuracy table, where its data is; a run that is killed goes on where it was.
+
+    Runs are kept where ``make bench-accuracy`` keeps them, and the table goes to the same marks.
+    """
+    data = Path(options.data)
+    if not (data / "cifar100_stream50.npz").exists():
+        return {"skipped": "no cifar100_stream50.npz beside the checkout"}
+    command = ["--data", str(data / "cifar100_stream50.npz"), "--device", options.device]
+    command += ["--backbone", str(data / "deit_tiny_patch16_224.fp16.safetensors")]
+    if options.table == "part":
+        command += ["--tasks", "5", "--seeds", "0"]
+    summary = accuracy_benchmark.main(command)
+    # A path of this machine has no place in the report.
+    return {key: value for key, value in summary.items() if key != "results"}
 
 
 def random_backbone(options: argparse.Namespace) -> Backbone:

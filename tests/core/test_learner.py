@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from inflora_core.backbone import Backbone, state_of
-from inflora_core.config import LEAST_STEPS, MOST_STEPS, LearnConfig
+from inflora_core.config import LEAST_STEPS, MOST_STEPS, PRESETS, LearnConfig, preset
 from inflora_core.errors import CancelledError, InvalidInputError, StateError
 from inflora_core.learner import (
     before_merging,
@@ -37,7 +37,7 @@ from inflora_core.model import (
 )
 from inflora_core.moments import record_moments
 from inflora_core.progress import Tracker
-from inflora_core.training import PATIENCE, Watch, learning_rate_at, split
+from inflora_core.training import PATIENCE, Watch, learning_rate_at, random_head, split
 from tests.core import tiny
 
 CPU = torch.device("cpu")
@@ -794,6 +794,38 @@ def test_the_published_schedule_lags_an_epoch() -> None:
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] > 0
     assert learning_rate_at(config, 0, 1, 0.5) == config.learning_rate
+
+
+def test_the_step_falls_to_a_tenth_in_the_last_fifth() -> None:
+    config = CONFIG.updated(schedule="step", epochs=5, learning_rate=1.0)
+    assert [learning_rate_at(config, e, 5, 0.5) for e in range(5)] == [1, 1, 1, 1, 0.1]
+    assert learning_rate_at(config, 0, 1, 0.5) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_head_may_have_a_learning_rate_of_its_own(
+    backbone: Backbone, blank: ContinualModel, optimizer: str
+) -> None:
+    data = tiny.images(FIRST, 6)
+    rates = {"optimizer": optimizer, "learning_rate": 1e-3}
+    plain = learn(blank, backbone, data, **rates)
+    assert (
+        bytes_of(learn(blank, backbone, data, **rates, head_learning_rate=1e-3))[:-1]
+        == (bytes_of(plain)[:-1])
+    )
+    other = learn(blank, backbone, data, head="trained", **rates, head_learning_rate=1e-30)
+    untrained = random_head(tiny.WIDTH, len(FIRST), CONFIG.seed).weight.detach().numpy()
+    assert np.allclose(other.model.head_weight, untrained, atol=1e-8)
+    assert other.factors, "the expansions keep theirs"
+    assert all(np.abs(factors.expansion).max() > 1e-6 for factors in other.factors.values())
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_learns(backbone: Backbone, blank: ContinualModel, name: str) -> None:
+    assert preset(name).preset == name
+    learned = learn(blank, backbone, tiny.images(FIRST, 6), config=preset(name), epochs=1)
+    assert_finite(learned)
+    assert learned.factors
 
 
 def test_an_initial_head_is_where_training_starts(
