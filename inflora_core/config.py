@@ -54,11 +54,11 @@ class LearnConfig(BaseModel):
     """What the design and the memory rank directions by: ``C C`` or ``C``."""
     first_task: FirstTask = "reach"
     """``one-fewer``: after the first task one direction fewer than the threshold asks for."""
-    threshold_first: float = Field(0.97, gt=0, lt=1)
+    threshold_first: float = Field(0.98, gt=0, lt=1)
     """``lamb``: share of energy protected after the first task."""
     threshold_last: float = Field(1.0, gt=0, le=1)
     """``lame``: what the threshold rises towards."""
-    threshold_limit: float = Field(0.985, gt=0, lt=1)
+    threshold_limit: float = Field(0.99, gt=0, lt=1)
     """Never reached by the schedule's own doing: at 1 nothing would be free for later tasks."""
     expected_tasks: int | None = Field(None, ge=1, le=100_000)
     """T of the published schedule. None: the number of tasks is not known."""

@@ -53,9 +53,9 @@ from inflora_core.model import (
 from inflora_core.moments import Moments, record_moments
 from inflora_core.progress import Tracker
 from inflora_core.training import (
+    GrowingHead,
     Images,
     Lesson,
-    fixed_head,
     random_head,
     split,
     train_expansions,
@@ -218,7 +218,8 @@ def prepare(
 
     Heads as published know the task's own classes only. Otherwise it is LDA over all classes, made
     from the statistics of old ones and the features of new ones as they are now: it asks of the
-    features what the next head will, is calibrated, and there is nothing in it to be trained.
+    features what the next head will. Rows of known classes stay; those of new classes are trained
+    with A_t, because what they can take on themselves need not move the features.
 
     Args:
         before: What is known.
@@ -228,7 +229,7 @@ def prepare(
         held_out: The same.
         seen: (n, e) features of ``train``.
         config: Settings.
-        initial_head: What a trained head starts from.
+        initial_head: What a head as published starts from.
     """
     device = train.labels.device
     if config.head == "trained":
@@ -255,7 +256,8 @@ def prepare(
     if len(kept):
         temperature = teaching_temperature(logits, labels[::step][kept], config.softness)
     weight, bias = Discriminant.of(statistics).divided(statistics.means, temperature)
-    return Lesson(fixed_head(weight, bias).to(device), train, held_out)
+    growing = GrowingHead(weight, bias, known=len(before.classes))
+    return Lesson(growing.to(device), train, held_out)
 
 
 @torch.no_grad()
@@ -285,9 +287,11 @@ def features_of(
     return features
 
 
-def appended(model: ContinualModel, head: nn.Linear) -> tuple[Array, Array]:
+def appended(model: ContinualModel, head: nn.Module) -> tuple[Array, Array]:
     """Return the heads of all tasks as they were trained, the new one last."""
-    weight, bias = (part.detach().float().cpu().numpy() for part in (head.weight, head.bias))
+    weight, bias = (
+        head.get_parameter(name).detach().float().cpu().numpy() for name in ("weight", "bias")
+    )
     return np.concatenate([model.head_weight, weight]), np.concatenate([model.head_bias, bias])
 
 

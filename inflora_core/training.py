@@ -54,12 +54,12 @@ class Lesson:
     """What A_t is trained against.
 
     Attributes:
-        head: e to classes; fixed, or trained with A_t.
+        head: e to classes; whatever needs a gradient in it is trained with A_t.
         images: To train on; labels are rows of ``head``.
         held_out: To notice when to stop; the same labels.
     """
 
-    head: nn.Linear
+    head: nn.Module
     images: Images
     held_out: Images
 
@@ -91,15 +91,29 @@ def random_head(embedding_size: int, classes: int, seed: int) -> nn.Linear:
         return nn.Linear(embedding_size, classes)
 
 
-def fixed_head(weight: Array, bias: Array) -> nn.Linear:
-    """Return a head (classes, e) that training leaves as it is."""
-    # Without the random numbers that would be drawn only to be written over.
-    head: nn.Linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(weight))
-        head.bias.copy_(torch.from_numpy(bias))
-    head.requires_grad_(False)
-    return head
+class GrowingHead(nn.Module):
+    """Rows of known classes, which stay as they are, and rows of new ones, which are trained.
+
+    Args:
+        weight: (classes, e) what all rows start from.
+        bias: (classes,)
+        known: How many of them, the first, stay.
+    """
+
+    def __init__(self, weight: Array, bias: Array, known: int) -> None:
+        super().__init__()
+        self.known_weight: Tensor
+        self.known_bias: Tensor
+        rows, offsets = torch.from_numpy(weight), torch.from_numpy(bias)
+        self.register_buffer("known_weight", rows[:known])
+        self.register_buffer("known_bias", offsets[:known])
+        self.new_weight = nn.Parameter(rows[known:].clone(), requires_grad=known < len(rows))
+        self.new_bias = nn.Parameter(offsets[known:].clone(), requires_grad=known < len(rows))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (n, e) to (n, classes)."""
+        weight = torch.cat([self.known_weight, self.new_weight])
+        return F.linear(features, weight, torch.cat([self.known_bias, self.new_bias]))
 
 
 def train_expansions(
@@ -109,7 +123,7 @@ def train_expansions(
     config: LearnConfig,
     tracker: Tracker,
 ) -> None:
-    """Train every A_t, and the head unless it is fixed, by cross-entropy (section 4.1).
+    """Train every A_t, and the head as far as it is free, by cross-entropy (section 4.1).
 
     Raises:
         InvalidInputError: the loss became NaN or infinite.
@@ -194,7 +208,7 @@ class Watch:
 
 @torch.inference_mode()
 def held_out_loss(
-    backbone: Backbone, head: nn.Linear, images: Images, config: LearnConfig
+    backbone: Backbone, head: nn.Module, images: Images, config: LearnConfig
 ) -> float:
     """Return the mean cross-entropy of ``images``."""
     losses = []

@@ -123,7 +123,8 @@ class Worker:
             parity = check_parity(onnx, logits, pixels, Decoded(sample.values()), backbone)
 
         tracker.start(Stage.PUBLISHING)
-        learned = replace(learned, report=replace(learned.report, parity=parity))
+        report = replace(learned.report, parity=parity, stage_seconds=dict(tracker.seconds))
+        learned = replace(learned, report=report)
         number = self._store.publish(learned, task, onnx).number
         self._newest = replace(learned.model, version=number)
         return number

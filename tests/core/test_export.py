@@ -286,6 +286,7 @@ def test_a_file_of_fewer_classes_is_compared_with_the_one_before(vit: Exported) 
         model,
         head_weight=model.head_weight[[0, 2, 3]],
         head_bias=model.head_bias[[0, 2, 3]],
+        novelty=tiny.novelty(3, backbone.config.embedding_size),
         classes=(model.classes[0], *model.classes[2:]),
     )
     after = graph.materialise(template, left, 2)

