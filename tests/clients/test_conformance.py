@@ -30,6 +30,7 @@ from inflora_client import (
     FailedPreconditionError,
     FieldViolation,
     Forget,
+    HeldOutMethod,
     InternalError,
     InvalidArgumentError,
     NotFoundError,
@@ -166,6 +167,10 @@ class TestTasks:
             settings=task_pb2.LearningSettings(epochs=2, preset="default"),
             epoch_losses=[1.0, 0.5],
             warnings=["little is free"],
+            held_out_method="HELD_OUT_METHOD_LEAVE_ONE_OUT",
+            temperature=4.5,
+            class_bytes=2320,
+            shared_bytes=294912,
         )
         peer.watches.append([task("PUBLISHED", report=report)])
         published = client.wait(client.learn([(b"1", "a")]))
@@ -179,6 +184,10 @@ class TestTasks:
         assert published.report.settings.preset == "default"
         assert published.report.epoch_losses == (1.0, 0.5)
         assert published.report.warnings == ("little is free",)
+        assert published.report.held_out_method == HeldOutMethod.LEAVE_ONE_OUT
+        assert published.report.temperature == 4.5
+        assert published.report.tasks_left is None
+        assert (published.report.class_bytes, published.report.shared_bytes) == (2320, 294912)
 
     def test_wait_raises_for_a_failed_task(self, client: Client, peer: Peer) -> None:
         why = status("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY")

@@ -42,6 +42,9 @@ async def test_a_task_is_learned_and_its_version_answers(running: Running) -> No
     assert report.settings.threshold == 0.95
     assert report.layers[0].interference == report.interference == 0.25
     assert report.capacity == 0.75
+    assert (report.temperature, report.class_bytes, report.shared_bytes) == (1.0, 100, 1000)
+    assert report.held_out_method == pb.HELD_OUT_METHOD_UNSPECIFIED
+    assert not report.HasField("tasks_left")
     assert not report.HasField("held_out_accuracy")
     assert report.HasField("parity")
     assert [s.stage for s in report.stage_seconds] == [

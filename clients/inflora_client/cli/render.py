@@ -17,12 +17,19 @@ from rich.text import Text
 from inflora_client import (
     ClassScore,
     Evaluation,
+    HeldOutMethod,
     PredictResult,
     Task,
     TaskStage,
     TaskState,
     Version,
 )
+
+_HELD_OUT = {
+    HeldOutMethod.UNSPECIFIED: "held-out accuracy",
+    HeldOutMethod.HELD_OUT: "held-out accuracy",
+    HeldOutMethod.LEAVE_ONE_OUT: "accuracy, each left out",
+}
 
 LISTED_CLASSES = 10
 """Classes that a table of an evaluation shows: a person looks for those that went wrong."""
@@ -174,11 +181,12 @@ def summary_table(task: Task) -> Table:
         report = task.report
         rows += [
             ("training accuracy", _percent(report.training_accuracy)),
-            ("held-out accuracy", _percent(report.held_out_accuracy)),
+            (_HELD_OUT[report.held_out_method], _percent(report.held_out_accuracy)),
             ("  with the task known", _percent(report.held_out_accuracy_task_known)),
             ("largest leak", f"{report.leak:.1e}"),
             ("largest interference", f"{report.interference:.3f}"),
             ("capacity left", _percent(report.capacity)),
+            ("about so many tasks more", _number(report.tasks_left)),
             ("seconds", f"{sum(s.seconds for s in report.stage_seconds):.1f}"),
         ]
         if report.parity:
@@ -271,3 +279,7 @@ def _when(time: datetime | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
