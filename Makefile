@@ -73,6 +73,11 @@ bench-stream: $(READY) ## learn a stream through the real server (DATA=, BACKBON
 bench-accuracy: $(READY) ## how well a stream is learned, beside other ways; resumes (DATA=, ROWS=, ...)
 	$(BIN)/python -m tests.benchmarks.accuracy $(ACCURACY_FLAGS)
 
+.PHONY: bench-unusual
+bench-unusual: $(READY) ## tasks of one class, and known classes that look different (DATA=, SET=)
+	$(BIN)/python -m tests.benchmarks.unusual $(call flag,data,$(DATA)) \
+		$(call flag,threads,$(THREADS)) $(foreach pair,$(SET),--set $(pair))
+
 .PHONY: bench-cifar100 bench-imagenet-r bench-domainnet
 bench-cifar100: ## the published experiment, ours beside it (DATA=folder)
 bench-imagenet-r: ## likewise (DATA=folder, TASKS=5, 10 or 20)

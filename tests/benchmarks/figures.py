@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+
+from inflora_core import evaluation
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -95,22 +96,14 @@ def calibration_error(probabilities: Floats, truth: Ints, bins: int = BINS) -> f
     is the mean over images of their bin's distance between accuracy and mean probability.
     """
     known = truth < probabilities.shape[1]
-    best = probabilities[known].argmax(1)
+    right = probabilities[known].argmax(1) == truth[known]
     confidence = probabilities[known].max(1)
-    right = best == truth[known]
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(float(confidence[index == i].sum() - right[index == i].sum())) for i in range(bins)]
-    return sum(gaps) / max(int(known.sum()), 1)
+    return evaluation.expected_calibration_error(confidence, right, bins) if known.any() else 0.0
 
 
 def auroc(novelty: Floats, new: NDArray[np.bool_]) -> float | None:
     """Return the chance that a new image scores above a known one; None where one kind lacks."""
-    positives, negatives = int(new.sum()), int((~new).sum())
-    if not positives or not negatives:
-        return None
-    ranks = rankdata(novelty)
-    above = ranks[new].sum() - positives * (positives + 1) / 2
-    return float(above / (positives * negatives))
+    return evaluation.auroc(novelty[~new], novelty[new])
 
 
 def mean(values: Sequence[float | None]) -> float | None:
