@@ -48,8 +48,8 @@ from onnx import (
 )
 
 from inflora_core.errors import DamagedError, InvalidInputError, UnsupportedBackboneError
+from inflora_core.heads import novelty_knots, ramp_widths
 from inflora_core.model import (
-    MOST_NOVEL,
     Array,
     Calibration,
     ContinualModel,
@@ -373,10 +373,8 @@ def _answers(
     head_weight: Array, head_bias: Array, novelty: Novelty, calibration: Calibration
 ) -> dict[str, Array]:
     """Return the initializers behind ``embedding``, by name."""
-    levels = calibration.levels.astype(np.float64)
-    knots = np.concatenate([[0.0], levels, [MOST_NOVEL]])
-    # Where many images had the same score, the share rises at once.
-    widths = np.maximum(np.diff(knots), 1e-6)
+    knots = novelty_knots(calibration)
+    widths = ramp_widths(knots)
     return {
         HEAD_WEIGHT: head_weight.T,
         HEAD_BIAS: head_bias,

@@ -13,6 +13,7 @@ import numpy as np
 
 from inflora_core.model import (
     MOST_NOVEL,
+    TEMPERATURES,
     Array,
     Calibration,
     ContinualModel,
@@ -26,6 +27,9 @@ TEMPERATURE = 6.0
 LARGEST_LOGIT = 30.0
 """Of a class's mean; easy classes would have logits of 1e5, which float32 cannot hold to 1e-4."""
 
+LEAST_VARIANCE = 1e-6
+"""Of a feature within a class, as a share of the mean square of all means."""
+
 TINY = 1e-6
 """Against division by the size of an image that lies at the centre of all classes."""
 
@@ -34,8 +38,6 @@ DRIFT_RIDGE = 1.0
 
 EXAMINED_IMAGES = 2000
 """Of a task's training images at most: enough to measure a few numbers on."""
-
-_TEMPERATURES = np.geomspace(0.5, 50.0, 93)
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,19 @@ class ClassStatistics:
         means: (classes, e) mean final features of each class.
         counts: (classes,) int64, images that a mean is over.
         scatter: (e, e) sum over all images of (z - mu_c)(z - mu_c)^T.
+        freedom: Its degrees of freedom: images beyond the first of each class. Not to be had from
+            ``counts``: a forgotten class leaves its share of the scatter.
     """
 
     means: Array
     counts: Array
     scatter: Array
+    freedom: int
 
     @classmethod
     def of(cls, model: ContinualModel) -> ClassStatistics:
         """Return the statistics that ``model`` keeps."""
-        return cls(model.class_means, model.class_counts, model.class_scatter)
-
-    @property
-    def images(self) -> int:
-        """How many images all means are over."""
-        return int(self.counts.sum())
-
-    @property
-    def freedom(self) -> int:
-        """Degrees of freedom of ``scatter``: images beyond the first of each class."""
-        return max(self.images - int((self.counts > 0).sum()), 0)
+        return cls(model.class_means, model.class_counts, model.class_scatter, model.class_freedom)
 
     def with_images(self, features: Array, positions: Array, classes: int) -> ClassStatistics:
         """Add images, of new classes or of known ones.
@@ -96,11 +91,14 @@ class ClassStatistics:
         scatter = self.scatter + deviations.T @ deviations + between.T @ (weight * between)
         means = old_means + share[:, None] * (new_means - old_means)
         return ClassStatistics(
-            means.astype(np.float32), counts.astype(np.int64), scatter.astype(np.float32)
+            means.astype(np.float32),
+            counts.astype(np.int64),
+            scatter.astype(np.float32),
+            self.freedom + len(rows) - int(((old_counts == 0) & (added > 0)).sum()),
         )
 
     def drifted(self, before: Array, after: Array) -> ClassStatistics:
-        """Return the statistics as they would be if measured after a task moved the features.
+        """Return the statistics with means as they would be after a task moved the features.
 
         The images that they are of are gone, but the task's own images were seen before and after:
         a ridge regression of (after - before) on before says how features move, and the means move
@@ -119,7 +117,7 @@ class ClassStatistics:
         movement = np.linalg.solve(gram + ridge, rows.T @ (np.asarray(after, np.float64) - rows))
         means = self.means.astype(np.float64)
         return ClassStatistics(
-            (means + means @ movement).astype(np.float32), self.counts, self.scatter
+            (means + means @ movement).astype(np.float32), self.counts, self.scatter, self.freedom
         )
 
     def covariance(self) -> tuple[Array, float]:
@@ -131,10 +129,12 @@ class ClassStatistics:
         """
         size = len(self.scatter)
         scatter = self.scatter.astype(np.float64)
+        scale = float(np.mean(self.means.astype(np.float64) ** 2)) or 1.0
+        # Images that repeat each other to the bit must not look infinitely certain.
+        scatter += self.freedom * LEAST_VARIANCE * scale * np.eye(size)
         trace = float(np.trace(scatter))
-        if self.freedom == 0 or trace <= 0:
+        if self.freedom == 0:
             # One image a class: the nearest mean is all that can be said.
-            scale = float(np.mean(self.means.astype(np.float64) ** 2)) or 1.0
             return scale * np.eye(size), 1.0
         sample = scatter / self.freedom
         square, power = float((sample**2).sum()), (trace / self.freedom) ** 2
@@ -254,8 +254,19 @@ def fit_temperature(logits: Array, positions: Array) -> float:
 
     Guo et al., "On Calibration of Modern Neural Networks" (2017), section 4.2.
     """
-    losses = [cross_entropy(logits, positions, t) for t in _TEMPERATURES]
-    return float(_TEMPERATURES[int(np.argmin(losses))])
+    return float(TEMPERATURES[int(np.argmin(losses_at(logits, positions)))])
+
+
+def losses_at(logits: Array, positions: Array) -> Array:
+    """Return the summed cross-entropy (93,) of (n, classes) logits at each of ``TEMPERATURES``."""
+    return len(logits) * np.array([cross_entropy(logits, positions, t) for t in TEMPERATURES])
+
+
+def temperature_of(calibration: Calibration) -> float:
+    """Return the temperature at which all that was measured is the likeliest."""
+    if not calibration.images:
+        return TEMPERATURE
+    return float(TEMPERATURES[int(np.argmin(calibration.losses))])
 
 
 def teaching_temperature(logits: Array, positions: Array, share: float) -> float:
@@ -308,14 +319,42 @@ def novelty_scores(novelty: Novelty, features: Array) -> Array:
     return scores
 
 
-def novelty_shares(model: ContinualModel, features: Array) -> Array:
-    """Return the share of known images (n,) that look less new, as the exported file does."""
-    levels = model.calibration.levels.astype(np.float64)
-    knots = np.concatenate([[0.0], levels, [MOST_NOVEL]])
-    shares: Array = np.interp(
-        novelty_scores(model.novelty, features), knots, np.linspace(0, 1, len(knots))
+def novelty_knots(calibration: Calibration) -> Array:
+    """Return the scores (101,) float64 below which 0%, 1%, ..., 100% of known images lie.
+
+    Rising from 0 to ``MOST_NOVEL``; between counted bins by interpolation. Evenly spread as long
+    as nothing was counted.
+    """
+    total = int(calibration.scores.sum())
+    if not total:
+        return np.linspace(0, MOST_NOVEL, 101)
+    edges = np.linspace(0, MOST_NOVEL, len(calibration.scores) + 1)
+    shares = np.concatenate([[0], np.cumsum(calibration.scores)]) / total
+    # Only where the share rises: a flat stretch has no inverse.
+    rising = np.concatenate([np.diff(shares) > 0, [False]]) | np.concatenate(
+        [[False], np.diff(shares) > 0]
     )
+    knots: Array = np.interp(np.linspace(0, 1, 101), shares[rising], edges[rising])
+    knots[0], knots[-1] = 0.0, MOST_NOVEL
+    return knots
+
+
+def novelty_shares(model: ContinualModel, features: Array) -> Array:
+    """Return the share of known images (n,) that look less new, as the exported file does.
+
+    The same sum of ramps as in the graph: where many images had one score, the share rises at once.
+    """
+    knots = novelty_knots(model.calibration)
+    scores = novelty_scores(model.novelty, features)
+    widths = ramp_widths(knots)
+    risen = np.clip(scores[:, None] - knots[:-1], 0, widths) / widths
+    shares: Array = np.minimum(risen.mean(1), 1)
     return shares
+
+
+def ramp_widths(knots: Array) -> Array:
+    """Return the widths (k - 1,) of the ramps between ``knots`` (k,), none of them 0."""
+    return np.maximum(np.diff(knots), 1e-6)
 
 
 @dataclass(frozen=True)
@@ -376,8 +415,8 @@ def examine(
     features, positions = held_out
     everywhere = len(np.unique(positions)) == len(np.unique(train[1]))
     if lda and not everywhere:
-        step = -(-len(train[1]) // EXAMINED_IMAGES)
-        some, labels = train[0][::step], train[1][::step]
+        sample = spread(train[1])
+        some, labels = train[0][sample], train[1][sample]
         logits, scores, kept = leave_one_out(statistics, some, labels)
         if len(kept):
             return Examined(HeldOut.LEAVE_ONE_OUT, logits, labels[kept], scores)
@@ -386,19 +425,30 @@ def examine(
     return Examined(method, raw, positions, novelty_scores(model.novelty, features))
 
 
+def spread(positions: Array) -> Array:
+    """Return which images to examine, (m,): of every class its share, however they came."""
+    return np.argsort(positions, kind="stable")[:: -(-len(positions) // EXAMINED_IMAGES)]
+
+
 def pooled(calibration: Calibration, examined: Examined) -> Calibration:
-    """Return ``calibration`` with what a task's images add, weighed by their numbers."""
-    if not len(examined.positions):
+    """Return ``calibration`` with what a task's images add to its sums.
+
+    One class has no probability to be wrong about; and among fewer than three classes every image
+    lies on one line with the means, so that cosines say nothing.
+    """
+    classes = examined.logits.shape[1]
+    if not len(examined.positions) or classes < 2:
         return calibration
-    images = calibration.images + len(examined.positions)
-    share = len(examined.positions) / images
-    temperature = math.log(fit_temperature(examined.logits, examined.positions))
-    shares = np.linspace(0, 1, len(calibration.levels) + 2)[1:-1]
-    levels = np.quantile(examined.scores, shares)
+    scores = calibration.scores
+    if classes > 2:
+        counted, _ = np.histogram(
+            np.clip(examined.scores, 0, MOST_NOVEL), len(scores), (0, MOST_NOVEL)
+        )
+        scores = scores + counted
     return Calibration(
-        images=images,
-        log_temperature=(1 - share) * calibration.log_temperature + share * temperature,
-        levels=((1 - share) * calibration.levels + share * levels).astype(np.float32),
+        calibration.images + len(examined.positions),
+        calibration.losses + losses_at(examined.logits, examined.positions),
+        scores,
     )
 
 
@@ -417,8 +467,7 @@ def answering(
         trained: Weight and bias to answer with instead of LDA.
     """
     discriminant = Discriminant.of(statistics)
-    temperature = math.exp(calibration.log_temperature) if calibration.images else TEMPERATURE
-    weight, bias = trained or discriminant.divided(statistics.means, temperature)
+    weight, bias = trained or discriminant.divided(statistics.means, temperature_of(calibration))
     return replace(
         model,
         head_weight=weight,
@@ -426,6 +475,7 @@ def answering(
         class_means=statistics.means,
         class_counts=statistics.counts,
         class_scatter=statistics.scatter,
+        class_freedom=statistics.freedom,
         novelty=novelty_of(statistics, discriminant),
         calibration=calibration,
     )

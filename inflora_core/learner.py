@@ -6,7 +6,6 @@ from the published code.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from inflora_core.backbone import Backbone
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError, StateError
 from inflora_core.heads import (
-    EXAMINED_IMAGES,
     TEMPERATURE,
     ClassStatistics,
     Discriminant,
@@ -32,7 +30,9 @@ from inflora_core.heads import (
     examine,
     leave_one_out,
     pooled,
+    spread,
     teaching_temperature,
+    temperature_of,
 )
 from inflora_core.memory import GradientMemory
 from inflora_core.merge import merge, product
@@ -115,6 +115,11 @@ def learn_task(
 
         tracker.start(Stage.EXTENDING)
         moments, features = measure(backbone, train, config.batch_size, tracker)
+        if not np.isfinite(features).all():
+            raise InvalidInputError(
+                "training diverged: features are not finite. Choose a lower learning rate.",
+                field="learning_rate",
+            )
         extended = {
             name: memory.extend(moments[name], threshold, config.criterion, config.first_task)
             for name, memory in memories.items()
@@ -166,7 +171,7 @@ def learn_task(
         held_out_accuracy=examined.accuracy(),
         held_out_counts=dict(Counter(classes[i].label for i in held_out_labels.tolist())),
         held_out_method=examined.method,
-        temperature=math.exp(after.calibration.log_temperature),
+        temperature=1.0 if trained else temperature_of(after.calibration),
         tasks_left=left,
         class_bytes=class_bytes(after),
         shared_bytes=after.class_scatter.nbytes + after.novelty.whitening.nbytes,
@@ -250,11 +255,11 @@ def prepare(
         statistics = statistics.with_images(
             features_of(backbone, turned, config.batch_size), turned.labels.cpu().numpy(), 2
         )
-    step = -(-len(labels) // EXAMINED_IMAGES)
-    logits, _, kept = leave_one_out(statistics, seen[::step], labels[::step])
+    sample = spread(labels)
+    logits, _, kept = leave_one_out(statistics, seen[sample], labels[sample])
     temperature = TEMPERATURE
     if len(kept):
-        temperature = teaching_temperature(logits, labels[::step][kept], config.softness)
+        temperature = teaching_temperature(logits, labels[sample][kept], config.softness)
     weight, bias = Discriminant.of(statistics).divided(statistics.means, temperature)
     growing = GrowingHead(weight, bias, known=len(before.classes))
     return Lesson(growing.to(device), train, held_out)
@@ -404,8 +409,8 @@ def warnings_about(
         )
     if method is HeldOut.LEAVE_ONE_OUT:
         yield (
-            "Some class has too few images to hold any out: held-out accuracies are of training "
-            "images, each left out of the statistics in turn, and flatter."
+            "No image of some class was held out: held-out accuracies are of training images, each "
+            "left out of the statistics in turn, and flatter."
         )
     full = [name for name, reduction in reductions.items() if len(reduction) == 0]
     if full:

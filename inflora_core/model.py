@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-LEVELS = 99
-"""Points at which the distribution of novelty scores is kept: 1% to 99%."""
+TEMPERATURES = np.geomspace(0.5, 50.0, 93)
+"""What logits may be divided by: steps of 5%."""
 
 MOST_NOVEL = 2.0
-"""No score is higher."""
+"""No novelty score is higher."""
+
+SCORE_BINS = 400
+"""Into which novelty scores, 0 to MOST_NOVEL, are counted."""
 
 MARK = "[forgotten]"
 """What stands in place of a purged class's names."""
@@ -369,7 +372,7 @@ class Novelty:
     """How unlike every known class an image is: 1 - the largest cosine in the whitened space.
 
     For features z: s = 1 - max_c (z weight_c + bias_c) / |z whitening + offset|. What is answered
-    is the share of known images with a lower s, from ``Calibration.levels``.
+    is the share of known images with a lower s, from ``Calibration.scores``.
 
     Attributes:
         weight: (classes, e) float32.
@@ -396,23 +399,22 @@ class Novelty:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What gives probabilities and novelty a meaning, pooled over tasks by their images.
+    """What gives probabilities and novelty a meaning. Sums, so that tasks of any size add up.
 
     Attributes:
-        images: How many images it was measured on.
-        log_temperature: Mean logarithm of what LDA's logits are divided by.
-        levels: (k,) float32, rising: the novelty scores below which 1/(k+1), ..., k/(k+1) of the
-            known images lie.
+        images: How many images the losses are over.
+        losses: (93,) float64, summed cross-entropy at each of ``TEMPERATURES``.
+        scores: (400,) int64, novelty scores counted in bins of equal width.
     """
 
     images: int
-    log_temperature: float
-    levels: Array
+    losses: Array
+    scores: Array
 
     @classmethod
     def untaught(cls) -> Calibration:
         """Return what nothing was measured for."""
-        return cls(0, 0.0, np.linspace(0, MOST_NOVEL, LEVELS + 2, dtype=np.float32)[1:-1])
+        return cls(0, np.zeros(len(TEMPERATURES)), np.zeros(SCORE_BINS, np.int64))
 
 
 @dataclass(frozen=True)
@@ -429,6 +431,8 @@ class ContinualModel:
         class_means: (classes, e) float32, mean final features of each class.
         class_counts: (classes,) int64, images each mean is over.
         class_scatter: (e, e) float32, scatter of all images about their class's mean.
+        class_freedom: Degrees of freedom of the scatter: images beyond the first of each class,
+            also of classes that were forgotten since.
         novelty: How unlike every known class an image is.
         calibration: What probabilities and novelty were measured on.
         capacity: (t,) float64, free share of all layers' dimensions after each task.
@@ -440,6 +444,7 @@ class ContinualModel:
     class_means: Array
     class_counts: Array
     class_scatter: Array
+    class_freedom: int
     novelty: Novelty
     calibration: Calibration
     capacity: Array
@@ -457,6 +462,7 @@ class ContinualModel:
             class_means=np.zeros((0, embedding_size), np.float32),
             class_counts=np.zeros(0, np.int64),
             class_scatter=np.zeros((embedding_size, embedding_size), np.float32),
+            class_freedom=0,
             novelty=Novelty.untaught(embedding_size),
             calibration=Calibration.untaught(),
             capacity=np.zeros(0),

@@ -401,11 +401,12 @@ class Store:
             class_means=head["class_means"],
             class_counts=head["class_counts"],
             class_scatter=head["class_scatter"],
+            class_freedom=int(head["class_freedom"]),
             novelty=Novelty(**{part: head[f"novelty.{part}"] for part in _NOVELTY}),
             calibration=Calibration(
                 images=int(head["calibration.images"]),
-                log_temperature=float(head["calibration.log_temperature"]),
-                levels=head["calibration.levels"],
+                losses=head["calibration.losses"],
+                scores=head["calibration.scores"],
             ),
             capacity=memory["capacity"],
         )
@@ -494,10 +495,11 @@ class Store:
             "class_means": model.class_means,
             "class_counts": model.class_counts,
             "class_scatter": model.class_scatter,
+            "class_freedom": np.asarray(model.class_freedom, np.int64),
             **{f"novelty.{part}": getattr(model.novelty, part) for part in _NOVELTY},
             "calibration.images": np.asarray(calibration.images, np.int64),
-            "calibration.log_temperature": np.asarray(calibration.log_temperature, np.float64),
-            "calibration.levels": calibration.levels,
+            "calibration.losses": calibration.losses,
+            "calibration.scores": calibration.scores,
         }
         files = {
             _FACTORS: _save(changes),

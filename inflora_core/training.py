@@ -132,8 +132,8 @@ def train_expansions(
     expansions = [branch.expansion for branch in branches.values()]
     free = [part for part in head.parameters() if part.requires_grad]
     parameters = expansions + free
-    if not parameters:
-        return
+    if not expansions and config.head == "lda":
+        return  # nothing is free: rows that are let go afterwards need no training
     optimizer = optimizer_for(expansions, free, config)
     generator = torch.Generator().manual_seed(config.seed)
     steps = math.ceil(len(images) / config.batch_size)

@@ -164,7 +164,8 @@ def state_bytes(model: ContinualModel) -> dict[str, int]:
         model.class_scatter,
         model.novelty.whitening,
         model.novelty.offset,
-        model.calibration.levels,
+        model.calibration.losses,
+        model.calibration.scores,
     )
     memory = sum(
         value.nbytes

@@ -22,7 +22,7 @@ from inflora_core import graph
 from inflora_core.errors import DamagedError, InvalidInputError, StateError, UnavailableError
 from inflora_core.graph import ModelCard
 from inflora_core.heads import novelty_shares
-from inflora_core.model import LEVELS, ClassEntry, ContinualModel, Preprocessing
+from inflora_core.model import SCORE_BINS, ClassEntry, ContinualModel, Preprocessing
 from inflora_core.predictor import (
     CPU,
     CUDA,
@@ -408,14 +408,15 @@ def test_novelty_is_a_share_of_known_images():
     """Every knot of its scale, and what lies below, between and above them."""
     classes = CLASSES[:2]
     blank = ContinualModel.untaught({}, EMBEDDING)
-    levels = np.sort(np.random.default_rng(0).uniform(0.2, 1.6, LEVELS)).astype(np.float32)
-    levels[10:20] = levels[10]  # many images with one score
+    counts = np.random.default_rng(0).integers(0, 3, SCORE_BINS)
+    counts[100:200] = 0  # no image had such a score
+    counts[50] = 500  # many had this one
     model = replace(
         blank,
         head_weight=np.zeros((2, EMBEDDING), np.float32),
         head_bias=np.zeros(2, np.float32),
         novelty=tiny.novelty(2, EMBEDDING),
-        calibration=replace(blank.calibration, levels=levels),
+        calibration=replace(blank.calibration, scores=counts),
         classes=classes,
     )
     predictor = Predictor.load(graph.materialise(template(), model, 1), ONE_THREAD)

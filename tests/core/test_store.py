@@ -29,7 +29,7 @@ from inflora_core.errors import (
 )
 from inflora_core.merge import merge
 from inflora_core.model import (
-    LEVELS,
+    SCORE_BINS,
     BackboneConfig,
     Calibration,
     ContinualModel,
@@ -124,7 +124,8 @@ def learned(
         class_counts=rng.integers(1, 99, len(known)),
         class_scatter=array(e, e),
         novelty=Novelty(array(len(known), e), array(len(known)), array(e, e), array(e)),
-        calibration=Calibration(12 + seed, 0.1 * seed, np.sort(array(LEVELS))),
+        class_freedom=17 + seed % 5,
+        calibration=Calibration(12, rng.random(93), rng.integers(0, 9, SCORE_BINS)),
         capacity=np.append(before.capacity, 0.5),
         classes=known,
         tasks=before.tasks + 1,
@@ -152,10 +153,11 @@ def assert_same(left: ContinualModel, right: ContinualModel) -> None:
         assert_same_array(getattr(left, field), getattr(right, field))
     for field in ("weight", "bias", "whitening", "offset"):
         assert_same_array(getattr(left.novelty, field), getattr(right.novelty, field))
-    assert_same_array(left.calibration.levels, right.calibration.levels)
+    assert_same_array(left.calibration.losses, right.calibration.losses)
+    assert_same_array(left.calibration.scores, right.calibration.scores)
+    assert left.class_freedom == right.class_freedom
     assert_same_array(left.capacity, right.capacity)
-    for field in ("images", "log_temperature"):
-        assert getattr(left.calibration, field) == getattr(right.calibration, field)
+    assert left.calibration.images == right.calibration.images
     for field in ("classes", "tasks", "version"):
         assert getattr(left, field) == getattr(right, field)
 

@@ -198,8 +198,15 @@ class Running:
 
     async def learn(self, classes: Mapping[str, Iterable[bytes]], **spec: Any) -> pb.Task:
         """Upload a task."""
-        response = await self.learner.LearnTask(upload(classes, **spec))
-        return response.task
+        while True:
+            try:
+                response = await self.learner.LearnTask(upload(classes, **spec))
+                return response.task
+            except grpc.aio.AioRpcError as error:
+                # grpc/grpc#36066: grpc.aio loses the status of a call that is refused while it
+                # still writes. Nothing was accepted, so it can be asked again.
+                if error.details() != "Internal error from Core":
+                    raise
 
     async def watched(self, name: str) -> list[pb.Task]:
         """Return all that a watcher of a task is sent."""
