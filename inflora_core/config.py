@@ -172,7 +172,8 @@ class Limits(BaseModel):
     predict_images: int = Field(256, ge=1)
     """Images of one Predict call."""
     task_images: int = Field(50_000, ge=1)
-    """The learner holds them all at model size: 7.5 GB at 224 x 224."""
+    """The learner holds them all at model size, and again in two parts while it learns: twice
+    7.5 GB at 224 x 224."""
     task_bytes: int = Field(4 * 2**30, ge=1)
     """Encoded; the learner holds them while it decodes."""
     task_classes: int = Field(10_000, ge=1)

@@ -7,14 +7,14 @@ row of probabilities: 50,000 images of 10,000 classes are two megabytes, not two
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from inflora_core.model import ClassEntry
+from inflora_core.model import ClassEntry, positions_by_label
 
 BINS = 15
 """Bins of the calibration error, as in most publications since Guo et al."""
@@ -195,11 +195,6 @@ class Evaluation:
     calibration: Calibration | None
     novelty: NoveltyFigures
     unknown_labels: tuple[UnknownLabel, ...]
-
-
-def positions_by_label(classes: Iterable[ClassEntry]) -> dict[str, int]:
-    """Return which label or alias means which position in the class table."""
-    return {name: position for position, entry in enumerate(classes) for name in entry.names}
 
 
 def best_columns(logits: NDArray[Any], probabilities: NDArray[Any]) -> NDArray[np.intp]:

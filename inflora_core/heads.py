@@ -157,23 +157,26 @@ class Discriminant:
         bias: (classes,) float64.
         centre: (e,) m.
         precision: (e, e) S^-1.
+        shrinkage: How much of S is a sphere, 0 to 1.
     """
 
     weight: Array
     bias: Array
     centre: Array
     precision: Array
+    shrinkage: float
 
     @classmethod
     def of(cls, statistics: ClassStatistics) -> Discriminant:
         """Return the discriminant of at least one class."""
         means = statistics.means.astype(np.float64)
-        covariance, _ = statistics.covariance()
+        covariance, shrinkage = statistics.covariance()
         precision = np.linalg.inv(covariance)
         precision = (precision + precision.T) / 2
         centre = means.mean(0)
         weight = (means - centre) @ precision
-        return cls(weight, -0.5 * (weight * (means + centre)).sum(1), centre, precision)
+        bias = -0.5 * (weight * (means + centre)).sum(1)
+        return cls(weight, bias, centre, precision, shrinkage)
 
     def logits(self, features: Array) -> Array:
         """Return (n, classes) float64 for features (n, e)."""
@@ -215,10 +218,9 @@ def leave_one_out(
     discriminant = Discriminant.of(statistics)
     precision = discriminant.precision
     means = statistics.means.astype(np.float64)
-    _, shrinkage = statistics.covariance()
     count = statistics.counts[labels].astype(np.float64)
     deviation = rows - means[labels]
-    left_out = (1 - shrinkage) / max(statistics.freedom, 1) * count / (count - 1)
+    left_out = (1 - discriminant.shrinkage) / max(statistics.freedom, 1) * count / (count - 1)
     lever = deviation @ precision
     # Images that alone span a direction would make it singular: never quite.
     gain = left_out / np.maximum(1 - left_out * (deviation * lever).sum(1), 1e-3)

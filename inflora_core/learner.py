@@ -49,6 +49,7 @@ from inflora_core.model import (
     Stage,
     TaskReport,
     new_classes,
+    positions_by_label,
 )
 from inflora_core.moments import Moments, record_moments
 from inflora_core.progress import Tracker
@@ -56,6 +57,7 @@ from inflora_core.training import (
     GrowingHead,
     Images,
     Lesson,
+    diverged,
     random_head,
     split,
     train_expansions,
@@ -116,10 +118,7 @@ def learn_task(
         tracker.start(Stage.EXTENDING)
         moments, features = measure(backbone, train, config.batch_size, tracker)
         if not np.isfinite(features).all():
-            raise InvalidInputError(
-                "training diverged: features are not finite. Choose a lower learning rate.",
-                field="learning_rate",
-            )
+            raise diverged("features are not finite")
         extended = {
             name: memory.extend(moments[name], threshold, config.criterion, config.first_task)
             for name, memory in memories.items()
@@ -160,7 +159,6 @@ def learn_task(
         trained,
     )
     taught = np.unique(labels)
-    left = tasks_left(after.capacity)
     report = TaskReport(
         layers=tuple(
             report_layer(name, memories[name], extended[name], factors.get(name)) for name in layers
@@ -172,7 +170,7 @@ def learn_task(
         held_out_counts=dict(Counter(classes[i].label for i in held_out_labels.tolist())),
         held_out_method=examined.method,
         temperature=1.0 if trained else temperature_of(after.calibration),
-        tasks_left=left,
+        tasks_left=tasks_left(after.capacity),
         class_bytes=class_bytes(after),
         shared_bytes=after.class_scatter.nbytes + after.novelty.whitening.nbytes,
         epoch_losses=tuple(sum(losses) / len(losses) for losses in tracker.losses),
@@ -195,7 +193,7 @@ def class_table(
     """
     if len(data) == 0:
         raise InvalidInputError("the task has no images", field="examples")
-    known = {name: i for i, entry in enumerate(before.classes) for name in entry.names}
+    known = positions_by_label(before.classes)
     again = [name for name in data.names if name in known]
     if again and config.head == "trained":
         raise StateError(

@@ -292,6 +292,11 @@ def position_of(classes: Sequence[ClassEntry], name: str) -> int | None:
     return next((i for i, entry in enumerate(classes) if name in entry.names), None)
 
 
+def positions_by_label(classes: Iterable[ClassEntry]) -> dict[str, int]:
+    """Return which label or alias means which position in the class table."""
+    return {name: position for position, entry in enumerate(classes) for name in entry.names}
+
+
 class VersionState(StrEnum):
     """What became of a version since it was published."""
 

@@ -1,6 +1,6 @@
 """The linear algebra of InfLoRA: pure functions on tensors, in whatever precision they are given.
 
-Notation of DESIGN.md: C (d, d) is the second moment of a layer's inputs; G is what directions are
+Notation: C (d, d) is the second moment of a layer's inputs; G is what directions are
 ranked by, ``C C`` ("code", the published implementation) or ``C`` ("paper", section 4.2); Q (d, d)
 is orthonormal, its first k columns M are protected, the others F are free.
 """

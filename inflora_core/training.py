@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,11 +147,7 @@ def train_expansions(
             pixels = augment(batch.pixels, config.augmentation, generator)
             loss = F.cross_entropy(head(backbone.module(backbone.normalise(pixels))), batch.labels)
             if not loss.isfinite():
-                raise InvalidInputError(
-                    f"training diverged in epoch {epoch + 1}: the loss is {loss.item()}. "
-                    "Choose a lower learning rate.",
-                    field="learning_rate",
-                )
+                raise diverged(f"in epoch {epoch + 1}, the loss is {loss.item()}")
             done = (epoch + step / steps) / tracker.epochs
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate_at(config, epoch, tracker.epochs, done)
@@ -164,6 +159,13 @@ def train_expansions(
         if watch.on and watch.over(held_out_loss(backbone, head, held_out, config), parameters):
             break
     watch.restore(parameters)
+
+
+def diverged(how: str) -> InvalidInputError:
+    """Return what to raise when numbers are no longer finite."""
+    return InvalidInputError(
+        f"training diverged: {how}. Choose a lower learning rate.", field="learning_rate"
+    )
 
 
 def optimizer_for(
@@ -194,7 +196,7 @@ class Watch:
         """Take note of an epoch's held-out loss; return whether to stop."""
         if loss < self.lowest:
             self.lowest, self.since = loss, 0
-            self.best = [copy.deepcopy(part.detach()) for part in parameters]
+            self.best = [part.detach().clone() for part in parameters]
         else:
             self.since += 1
         return self.since >= PATIENCE

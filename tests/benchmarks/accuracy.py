@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import re
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -32,10 +31,10 @@ from inflora_core import bundled, durable
 from inflora_core.backbone import Backbone, create_backbone
 from inflora_core.config import preset
 from tests.benchmarks import figures, layouts, runs, teaching
+from tests.benchmarks.checkout import ROOT, commit
 from tests.benchmarks.head_study import novelty_study, study
 from tests.benchmarks.runs import ROWS, TRAINED, Plan, Recorded
 
-ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 STREAM = SHARED / "cifar100_stream50.npz"
 STREAM_BACKBONE = SHARED / "deit_tiny_patch16_224.fp16.safetensors"
@@ -617,13 +616,6 @@ def processor() -> str:
     text = path.read_text() if path.exists() else ""
     found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return found.group(1) if found else ""
-
-
-def commit() -> str:
-    """Return the commit that runs, with ``+`` if the tree differs from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

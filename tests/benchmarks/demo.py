@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from tests.benchmarks import stream
+from tests.benchmarks.checkout import ROOT
 
 if __name__ == "__main__":
-    stream.main(["--out", str(stream.ROOT / "build" / "demo"), *sys.argv[1:]])
+    stream.main(["--out", str(ROOT / "build" / "demo"), *sys.argv[1:]])

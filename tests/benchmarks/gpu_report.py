@@ -28,8 +28,9 @@ from inflora_core.progress import Tracker
 from inflora_core.store import initial_layer
 from tests.benchmarks import accuracy as accuracy_benchmark
 from tests.benchmarks import stream
+from tests.benchmarks.checkout import ROOT, commit
 
-OUT = stream.ROOT / "build" / "gpu-report"
+OUT = ROOT / "build" / "gpu-report"
 BEGIN, END = "<!-- gpu-report -->", "<!-- /gpu-report -->"
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--architecture", default="vit_base_patch16_224")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--data", default=str(stream.ROOT.parent / "shared" / "data"))
+    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data"))
     parser.add_argument(
         "--table",
         choices=("part", "whole"),
@@ -66,8 +67,8 @@ def main() -> None:
             path.write_text(json.dumps(step(options), indent=1))
         results[name] = json.loads(path.read_text())
         print(name, json.dumps(results[name]), flush=True)
-    write_report(stream.ROOT / "docs" / "benchmarks.md", results)
-    print(json.dumps(results | {"commit": stream.commit(), "results": str(OUT)}))
+    write_report(ROOT / "docs" / "benchmarks.md", results)
+    print(json.dumps(results | {"commit": commit(), "results": str(OUT)}))
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:

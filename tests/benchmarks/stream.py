@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import subprocess
 import tempfile
 import threading
 import time
@@ -37,9 +36,9 @@ from inflora_core.model import ClassEntry
 from inflora_core.predictor import Predictor, RuntimeOptions
 from inflora_core.store import Store
 from tests.benchmarks import data as streams
+from tests.benchmarks.checkout import ROOT, commit
 from tests.running_server import RunningServer, running_server
 
-ROOT = Path(__file__).parents[2]
 CHUNK = 64
 """Images of one Predict call."""
 
@@ -342,13 +341,6 @@ def show_matrix(console: Console, summary: dict[str, Any], titles: list[str]) ->
     for number, row in enumerate(summary["accuracy_matrix"]):
         table.add_row(str(number + 1), *(f"{100 * cell:.1f}" for cell in row))
     console.print(table)
-
-
-def commit() -> str:
-    """Return the commit that runs, with ``+`` if the tree differs from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

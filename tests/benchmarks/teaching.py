@@ -24,7 +24,7 @@ from inflora_core import model as plain_data
 from inflora_core.backbone import Backbone
 from inflora_core.config import LearnConfig
 from inflora_core.heads import novelty_shares
-from inflora_core.learner import class_bytes, learn_task, load_weights, logits_of
+from inflora_core.learner import class_bytes, learn_task, load_weights
 from inflora_core.model import ContinualModel, LabelledImages
 from inflora_core.progress import Tracker
 from inflora_core.store import initial_layer
@@ -150,7 +150,7 @@ def features_of(backbone: Backbone, model: ContinualModel, images: Floats, batch
 
 def logits(model: ContinualModel, features: Floats) -> Floats:
     """Return the model's logits (n, classes) float32; its probabilities are their softmax."""
-    return logits_of(model, torch.from_numpy(features)).numpy()
+    return model.logits(features)
 
 
 def novelty(model: ContinualModel, features: Floats) -> Floats:

@@ -29,7 +29,8 @@ from inflora_core.backbone import Backbone, create_backbone
 from inflora_core.config import preset
 from inflora_core.model import ContinualModel, LabelledImages
 from tests.benchmarks import layouts, runs, teaching
-from tests.benchmarks.accuracy import ROOT, STREAM
+from tests.benchmarks.accuracy import STREAM
+from tests.benchmarks.checkout import ROOT
 from tests.benchmarks.runs import Array
 
 EACH = 40

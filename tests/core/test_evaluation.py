@@ -22,10 +22,9 @@ from inflora_core.evaluation import (
     best_columns,
     calibration_bins,
     expected_calibration_error,
-    positions_by_label,
 )
 from inflora_core.graph import ModelCard
-from inflora_core.model import ClassEntry, Preprocessing
+from inflora_core.model import ClassEntry, Preprocessing, positions_by_label
 from inflora_core.predictor import Answers, softmax, top_classes
 
 PREPROCESSING = Preprocessing(8, 8, 8, 8, "bilinear", "squash", (0.0,) * 3, (1.0,) * 3)

@@ -142,7 +142,9 @@ class _HeldOutMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HeldOut
     HELD_OUT_METHOD_UNSPECIFIED: _HeldOutMethod.ValueType  # 0
     """Nothing: there were no images for it."""
     HELD_OUT_METHOD_HELD_OUT: _HeldOutMethod.ValueType  # 1
-    """Images that training never saw."""
+    """Images that were never trained on. Where the learner chose the epochs, it looked at them to see
+    when to stop.
+    """
     HELD_OUT_METHOD_LEAVE_ONE_OUT: _HeldOutMethod.ValueType  # 2
     """Training images, each left out of the statistics in turn, because some class has too few images
     to hold any out. These figures flatter: training saw the images.
@@ -154,7 +156,9 @@ class HeldOutMethod(_HeldOutMethod, metaclass=_HeldOutMethodEnumTypeWrapper):
 HELD_OUT_METHOD_UNSPECIFIED: HeldOutMethod.ValueType  # 0
 """Nothing: there were no images for it."""
 HELD_OUT_METHOD_HELD_OUT: HeldOutMethod.ValueType  # 1
-"""Images that training never saw."""
+"""Images that were never trained on. Where the learner chose the epochs, it looked at them to see
+when to stop.
+"""
 HELD_OUT_METHOD_LEAVE_ONE_OUT: HeldOutMethod.ValueType  # 2
 """Training images, each left out of the statistics in turn, because some class has too few images
 to hold any out. These figures flatter: training saw the images.
