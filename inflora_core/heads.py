@@ -147,16 +147,24 @@ class ClassStatistics:
 
 @dataclass(frozen=True)
 class Discriminant:
-    """Linear discriminant analysis over all classes, before its temperature.
+    """Linear discriminants over all classes, before their temperature: the mean of two kinds.
 
-    With the shared covariance S and m the mean of the means: w_c = S^-1 (mu_c - m) and
-    b_c = -w_c (mu_c + m) / 2; equal priors.
+    With the shared covariance S, m the mean of the means, D = mu - m and B = D^T D / classes:
+
+    * linear discriminant analysis: D_c S^-1 (x - m) - D_c S^-1 D_c / 2;
+    * ridge regression on which class it is: D_c (S + B)^-1 (x - m), times what brings it nearest
+      to the first within a class: the one is sure of what is far from all others without end,
+      the other is never sure, and features that have moved since fool it less.
+
+    Equal priors in both, however many images a class has.
 
     Attributes:
         weight: (classes, e) float64.
         bias: (classes,) float64.
         centre: (e,) m.
         precision: (e, e) S^-1.
+        total: (e, e) (S + B)^-1.
+        scale: What the regression is multiplied by.
         shrinkage: How much of S is a sphere, 0 to 1.
     """
 
@@ -164,19 +172,27 @@ class Discriminant:
     bias: Array
     centre: Array
     precision: Array
+    total: Array
+    scale: float
     shrinkage: float
 
     @classmethod
     def of(cls, statistics: ClassStatistics) -> Discriminant:
-        """Return the discriminant of at least one class."""
+        """Return the discriminants of at least one class."""
         means = statistics.means.astype(np.float64)
         covariance, shrinkage = statistics.covariance()
-        precision = np.linalg.inv(covariance)
-        precision = (precision + precision.T) / 2
         centre = means.mean(0)
-        weight = (means - centre) @ precision
-        bias = -0.5 * (weight * (means + centre)).sum(1)
-        return cls(weight, bias, centre, precision, shrinkage)
+        centred = means - centre
+        precision = inverse(covariance)
+        total = inverse(covariance + centred.T @ centred / len(centred))
+        analysis, regression = centred @ precision, centred @ total
+        within = regression @ covariance
+        # With S^-1 for precision, W S V^T is D V^T. One class alone has no discriminant.
+        size = float((within * regression).sum())
+        scale = float((centred * regression).sum()) / size if size else 0.0
+        weight = (analysis + scale * regression) / 2
+        bias = -weight @ centre - (analysis * centred).sum(1) / 4
+        return cls(weight, bias, centre, precision, total, scale, shrinkage)
 
     def logits(self, features: Array) -> Array:
         """Return (n, classes) float64 for features (n, e)."""
@@ -193,14 +209,21 @@ class Discriminant:
         return (self.weight / divisor).astype(np.float32), (self.bias / divisor).astype(np.float32)
 
 
+def inverse(symmetric: Array) -> Array:
+    """Return the inverse (e, e), symmetric to the bit, of a positive definite matrix."""
+    inverted = np.linalg.inv(symmetric)
+    return (inverted + inverted.T) / 2
+
+
 def leave_one_out(
     statistics: ClassStatistics, features: Array, positions: Array
 ) -> tuple[Array, Array, Array]:
-    """Return LDA's answers for images that ``statistics`` contain, each as if it were not in them.
+    """Return the answers for images that ``statistics`` contain, each as if it were not in them.
 
     Leaving x out takes n_c / (n_c - 1) d d^T, with d = x - mu_c, from the scatter, and moves the
-    mean of x's class; the precision follows by the Sherman-Morrison formula. Shrinkage, degrees of
-    freedom and the centre stay as they are, and so does the precision that novelty is scored with.
+    mean of x's class; S^-1 follows by the Sherman-Morrison formula, (S + B)^-1 by Woodbury's.
+    Shrinkage, degrees of freedom, centre and scale stay as they are, and so does the precision that
+    novelty is scored with.
 
     Args:
         statistics: Over all images, those of ``features`` among them.
@@ -227,8 +250,9 @@ def leave_one_out(
     around = rows - discriminant.centre
     centred = means - discriminant.centre
     across, along = lever @ centred.T, (lever * around).sum(1)
-    inner = around @ discriminant.weight.T
-    sizes = (discriminant.weight * centred).sum(1)
+    analysis = centred @ precision
+    inner = around @ analysis.T
+    sizes = (analysis * centred).sum(1)
     logits = inner + (gain * along)[:, None] * across
     logits -= 0.5 * (sizes[None] + gain[:, None] * across**2)
     cosines = inner / np.sqrt(np.maximum(sizes, TINY))
@@ -240,7 +264,43 @@ def leave_one_out(
     logits[each] -= 0.5 * (own_size + gain * own_across**2)
     cosines[each] = own_inner / np.sqrt(np.maximum(own_size, TINY))
     length = np.sqrt(np.maximum(((around @ precision) * around).sum(1), TINY))
+    regressed = _regression_left_out(
+        discriminant.total, centred, around, deviation, labels, count, left_out
+    )
+    logits = (logits + discriminant.scale * regressed) / 2
     return logits, 1 - cosines.max(1) / length, kept
+
+
+def _regression_left_out(
+    total: Array,
+    centred: Array,
+    around: Array,
+    deviation: Array,
+    labels: Array,
+    count: Array,
+    left_out: Array,
+) -> Array:
+    """Return D_c (S + B)^-1 (x - m), (n, classes), with each x out of S and out of B.
+
+    With u = D_y / (classes (n_y - 1)), y the class of x, S + B loses
+    left_out d d^T + u d^T + d u^T - d d^T / (classes (n_y - 1)^2): a matrix of rank 2.
+    """
+    others = count - 1
+    moved = 1 / (len(centred) * others)
+    pair = np.stack([deviation, centred[labels]], 1)
+    middle = np.zeros((len(around), 2, 2))
+    middle[:, 0, 0] = moved / others - left_out
+    middle[:, 0, 1] = middle[:, 1, 0] = -moved
+    levers = pair @ total
+    seen = (levers @ around[:, :, None]).squeeze(2)
+    changed = middle @ levers
+    capacitance = np.eye(2) + changed @ pair.transpose(0, 2, 1)
+    # What (S + B)^-1 (x - m) becomes, one row an image.
+    turned = around @ total
+    turned -= np.einsum("np,npe->ne", seen, np.linalg.solve(capacitance, changed))
+    answers = turned @ centred.T
+    answers[np.arange(len(around)), labels] -= (turned * deviation).sum(1) / others
+    return answers
 
 
 def cross_entropy(logits: Array, positions: Array, temperature: float) -> float:

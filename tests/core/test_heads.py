@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.covariance import oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
 
 from inflora_core.heads import (
     EXAMINED_IMAGES,
@@ -132,26 +133,45 @@ def test_features_that_stay_move_no_means() -> None:
 # -- the head -----------------------------------------------------------------------------------
 
 
-def test_the_head_is_linear_discriminant_analysis() -> None:
-    features, labels = clusters(0, [400, 400, 400, 400], 6)
+def test_the_head_is_the_mean_of_analysis_and_regression() -> None:
+    """Each as scikit-learn has it, the second brought to the size of the first within a class."""
+    counts = [400, 400, 400, 400]
+    features, labels = clusters(0, counts, 6)
     made = untaught(6).with_images(features, labels, 4)
-    ours = Discriminant.of(made).logits(features).argmax(1)
-    reference = LinearDiscriminantAnalysis(
-        "lsqr", shrinkage=made.covariance()[1], priors=[0.25] * 4
-    )
-    assert (ours == reference.fit(features, labels).predict(features)).mean() > 0.999
+    covariance, shrinkage = made.covariance()
+    analysis = LinearDiscriminantAnalysis("lsqr", shrinkage=shrinkage, priors=[0.25] * 4)
+    first = analysis.fit(features, labels).decision_function(features)
+    sphere = shrinkage * np.trace(covariance) / 6 * len(features)
+    regression = Ridge(sphere).fit(features, np.eye(4)[labels])
+    second = regression.predict(features)
+    within = [
+        array - np.stack([array[labels == c].mean(0) for c in range(4)])[labels]
+        for array in (first, second)
+    ]
+    second *= (within[0] * within[1]).sum() / (within[1] ** 2).sum()
+    expected = (first + second) / 2
+    logits = Discriminant.of(made).logits(features)
+    # An equal amount for all classes is nobody's business.
+    difference = logits - expected
+    difference -= difference.mean(1, keepdims=True)
+    assert np.abs(difference).max() < 0.03 * np.abs(logits).max()
+    assert (logits.argmax(1) == expected.argmax(1)).mean() > 0.995
 
 
 @given(SEEDS, st.integers(2, 6))
-def test_with_one_image_a_class_the_nearest_mean_wins(seed: int, classes: int) -> None:
-    features, labels = clusters(seed, [1] * classes, 4)
-    discriminant = Discriminant.of(untaught(4).with_images(features, labels, classes))
-    queries = np.random.default_rng(seed).normal(size=(20, 4)) * 4
-    distances = np.linalg.norm(queries[:, None] - features, axis=2)
-    two = np.sort(distances, 1)[:, :2]
-    clear = (two[:, 1] - two[:, 0]) > 1e-2
-    answers = discriminant.logits(queries).argmax(1)
-    assert (answers[clear] == distances.argmin(1)[clear]).all()
+def test_one_image_a_class_is_enough_to_know_it_again(seed: int, classes: int) -> None:
+    features, labels = clusters(seed, [1] * classes, 8)
+    discriminant = Discriminant.of(untaught(8).with_images(features, labels, classes))
+    assert (discriminant.logits(features).argmax(1) == labels).all()
+
+
+@given(SEEDS, st.lists(st.integers(2, 40), min_size=3, max_size=5))
+def test_the_number_of_images_is_no_prior(seed: int, counts: list[int]) -> None:
+    """The same statistics, with other counts of images behind the means."""
+    made = statistics(seed, counts, 5)
+    other = replace(made, counts=made.counts[::-1])
+    assert np.array_equal(Discriminant.of(made).weight, Discriminant.of(other).weight)
+    assert np.array_equal(Discriminant.of(made).bias, Discriminant.of(other).bias)
 
 
 def test_logits_stay_small_however_easy_the_classes_are() -> None:
@@ -194,7 +214,8 @@ def test_leaving_out_is_as_if_the_image_had_never_been(seed: int, counts: list[i
     assert kept.tolist() == [i for i, c in enumerate(labels) if counts[c] > 1]
     assert len(logits) == len(scores) == len(kept)
     covariance, shrinkage = made.covariance()
-    centre = Discriminant.of(made).centre
+    discriminant = Discriminant.of(made)
+    centre, scale = discriminant.centre, discriminant.scale
     for row, index in enumerate(kept):
         others = np.arange(len(labels)) != index
         rest = untaught(3).with_images(features[others], labels[others], len(counts))
@@ -203,8 +224,12 @@ def test_leaving_out_is_as_if_the_image_had_never_been(seed: int, counts: list[i
         if np.linalg.eigvalsh(without).min() < 1e-2 * np.linalg.eigvalsh(covariance).min():
             continue  # the image alone spans a direction: a gain is held back there
         means = rest.means - centre
-        weight = np.linalg.solve(without, means.T)
-        expected = (features[index] - centre) @ weight - 0.5 * (weight * means.T).sum(0)
+        analysis = np.linalg.solve(without, means.T)
+        # The centre is that of all images: what B' is made around.
+        total = without + means.T @ means / len(counts)
+        regression = np.linalg.solve(total, means.T)
+        expected = (features[index] - centre) @ (analysis + scale * regression) / 2
+        expected -= (analysis * means.T).sum(0) / 4
         np.testing.assert_allclose(logits[row], expected, rtol=2e-2, atol=2e-2)
 
 
