@@ -63,13 +63,14 @@ class LearnConfig(BaseModel):
     """Never reached by the schedule's own doing: at 1 nothing would be free for later tasks."""
     expected_tasks: int | None = Field(None, ge=1, le=100_000)
     """T of the published schedule. None: the number of tasks is not known."""
-    head: Literal["trained", "lda"] = "lda"
-    """What answers: the heads as each was trained in its task, or linear discriminant analysis
-    from the statistics of all classes. The latter keeps tasks apart, too (``heads.py``)."""
+    head: Literal["trained", "statistics"] = "statistics"
+    """What answers: the heads as each was trained in its task, or linear discriminants made of the
+    statistics of all classes. The latter keep tasks apart, too (``heads.py``)."""
 
     softness: float = Field(0.2, ge=0, lt=1)
-    """How unsure of itself the LDA head is that A_t is trained against: its cross-entropy on the
-    task's images, each left out, as a share of that of a head that knows nothing."""
+    """How unsure of itself the head is that A_t is trained against, where it is made of statistics:
+    its cross-entropy on the task's images, each left out, as a share of that of a head that knows
+    nothing."""
 
     def epochs_for(self, images: int) -> int:
         """Return how many passes over so many training images there will be, at most."""

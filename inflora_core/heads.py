@@ -1,4 +1,4 @@
-"""What answers: linear discriminant analysis from the statistics of the classes. No torch.
+"""What answers: linear discriminants from the statistics of the classes. No torch.
 
 Heads that were each trained in their own task have never been compared with each other. Statistics
 of all classes can be, without keeping an image. docs/method.md has the figures of the alternatives.
@@ -22,7 +22,7 @@ from inflora_core.model import (
 )
 
 TEMPERATURE = 6.0
-"""What LDA's logits are divided by until there are images to fit it on (``fit_temperature``)."""
+"""What the logits are divided by until there are images to fit it on (``fit_temperature``)."""
 
 LARGEST_LOGIT = 30.0
 """Of a class's mean; easy classes would have logits of 1e5, which float32 cannot hold to 1e-4."""
@@ -461,29 +461,32 @@ def examine(
     statistics: ClassStatistics,
     train: tuple[Array, Array],
     held_out: tuple[Array, Array],
-    lda: bool,
+    from_statistics: bool,
 ) -> Examined:
     """Ask for images that were held out, or else leave training images out one by one.
 
-    Leaving out is for LDA alone, and where some class of the task is too small to hold any out.
+    Leaving out is for what is made of statistics, and where some class of the task is too small to
+    hold any out.
 
     Args:
         model: What answers; made from ``statistics``.
         statistics: Those of all classes, with ``train`` and without ``held_out``.
         train: Features (n, e) and positions (n,).
         held_out: The same, (m, e) and (m,).
-        lda: Whether ``model`` answers by LDA.
+        from_statistics: Whether what answers is ``Discriminant``.
     """
     features, positions = held_out
     everywhere = len(np.unique(positions)) == len(np.unique(train[1]))
-    if lda and not everywhere:
+    if from_statistics and not everywhere:
         sample = spread(train[1])
         some, labels = train[0][sample], train[1][sample]
         logits, scores, kept = leave_one_out(statistics, some, labels)
         if len(kept):
             return Examined(HeldOut.LEAVE_ONE_OUT, logits, labels[kept], scores)
     method = HeldOut.HELD_OUT if len(positions) else HeldOut.NONE
-    raw = Discriminant.of(statistics).logits(features) if lda else model.logits(features)
+    raw = (
+        Discriminant.of(statistics).logits(features) if from_statistics else model.logits(features)
+    )
     return Examined(method, raw, positions, novelty_scores(model.novelty, features))
 
 
@@ -526,7 +529,7 @@ def answering(
         model: Whose weights the features come from.
         statistics: Of all its classes.
         calibration: What to divide the logits by, and to compare novelty with.
-        trained: Weight and bias to answer with instead of LDA.
+        trained: Weight and bias to answer with instead.
     """
     discriminant = Discriminant.of(statistics)
     weight, bias = trained or discriminant.divided(statistics.means, temperature_of(calibration))

@@ -150,7 +150,7 @@ def learn_task(
         statistics,
         (features, labels),
         (unseen, held_out_labels),
-        lda=trained is None,
+        from_statistics=trained is None,
     )
     after = answering(
         merged,
@@ -198,7 +198,7 @@ def class_table(
     if again and config.head == "trained":
         raise StateError(
             f"class {again[0]!r} is known already, and heads that stay as they were trained cannot "
-            "learn more of it: use head lda",
+            "learn more of it: use head statistics",
             field="examples",
         )
     new = [name for name in data.names if name not in known]
@@ -219,10 +219,10 @@ def prepare(
 ) -> Lesson:
     """Return what A_t is trained against.
 
-    Heads as published know the task's own classes only. Otherwise it is LDA over all classes, made
-    from the statistics of old ones and the features of new ones as they are now: it asks of the
-    features what the next head will. Rows of known classes stay; those of new classes are trained
-    with A_t, because what they can take on themselves need not move the features.
+    Heads as published know the task's own classes only. Otherwise it is the head that would answer
+    now, of all classes, made from the statistics of old ones and the features of new ones: it asks
+    of the features what the next head will. Rows of known classes stay; those of new classes are
+    trained with A_t, because what they can take on themselves need not move the features.
 
     Args:
         before: What is known.
@@ -403,7 +403,7 @@ def warnings_about(
     if len(data.names) == 1 and config.head == "trained":
         yield (
             "The task has one class only. A softmax over one class has no gradient, so the "
-            "backbone was not adapted; use head lda."
+            "backbone was not adapted; use head statistics."
         )
     if method is HeldOut.LEAVE_ONE_OUT:
         yield (

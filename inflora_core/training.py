@@ -131,7 +131,7 @@ def train_expansions(
     expansions = [branch.expansion for branch in branches.values()]
     free = [part for part in head.parameters() if part.requires_grad]
     parameters = expansions + free
-    if not expansions and config.head == "lda":
+    if not expansions and config.head == "statistics":
         return  # nothing is free: rows that are let go afterwards need no training
     optimizer = optimizer_for(expansions, free, config)
     generator = torch.Generator().manual_seed(config.seed)

@@ -32,7 +32,7 @@ from inflora_core.backbone import Backbone, create_backbone
 from inflora_core.config import preset
 from tests.benchmarks import figures, layouts, runs, teaching
 from tests.benchmarks.checkout import ROOT, commit
-from tests.benchmarks.head_study import novelty_study, study
+from tests.benchmarks.head_study import novelty_study, over_the_stream, study
 from tests.benchmarks.runs import ROWS, TRAINED, Plan, Recorded
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -231,14 +231,14 @@ def publish(
 
 
 @cache
-def figures_digest() -> str:
+def showndigest() -> str:
     """Return a hash of the code that turns what runs saved into figures."""
     return "".join(teaching.code_digest(Path(__file__).with_name(name)) for name in FIGURES_CODE)
 
 
 def measured(plan: Plan, folder: Path, *, with_study: bool) -> dict[str, Any]:
     """Return the figures of a finished run, computed once."""
-    code = figures_digest()
+    code = showndigest()
     studied = with_study and plan.row in STUDIED
     path = folder / "figures.json"
     if path.exists():
@@ -246,12 +246,18 @@ def measured(plan: Plan, folder: Path, *, with_study: bool) -> dict[str, Any]:
         if kept["code"] == code and kept["studied"] >= studied:
             return kept["figures"]
     recorded = runs.read(folder)
-    result = figures_of(recorded)
+    result = shownof(recorded)
     if studied:
         result["study"] = study(
             recorded.tasks(),
             recorded.fresh(),
             (recorded.stages[-1]["test"], recorded.truth),
+            recorded.sizes,
+        )
+        result["stream_study"] = over_the_stream(
+            recorded.tasks(),
+            [stage["test"] for stage in recorded.stages],
+            recorded.truth,
             recorded.sizes,
         )
         half = half_of(recorded)
@@ -272,7 +278,7 @@ def half_of(recorded: Recorded) -> int:
     return max(len(recorded.sizes) // 2, 1)
 
 
-def figures_of(recorded: Recorded) -> dict[str, Any]:
+def shownof(recorded: Recorded) -> dict[str, Any]:
     """Return a run's figures from its raw answers."""
     plan, reports = recorded.plan, recorded.reports
     stages = [stage["logits"] for stage in recorded.stages]
@@ -491,6 +497,26 @@ def study_tables(result: Result, row: str, tasks: int) -> list[str]:
         f"(final accuracy; orders: {len(part)})",
         "",
         *table(("head", kinds[0], "calibration error", *kinds[1:]), cells),
+    ]
+    streams = [run["stream_study"] for run in part]
+    shown = ("final", "average", "forgetting", "task known")
+    cells = [
+        (
+            name,
+            *(
+                (points if key == "forgetting" else percent)(
+                    mean_of([run[name] for run in streams], key.replace(" ", "_"))
+                )
+                for key in shown
+            ),
+        )
+        for name in streams[0]
+    ]
+    lines += [
+        "",
+        "The same over the whole stream, from stored means that follow the drift (linear):",
+        "",
+        *table(("head", *shown), cells),
     ]
     if row != "frozen-head":
         drift = {

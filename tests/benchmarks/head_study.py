@@ -22,11 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
+from inflora_core.heads import ClassStatistics, Discriminant
 from tests.benchmarks.figures import (
     accuracy,
     auroc,
     calibration_error,
     softmax,
+    summarise,
 )
 
 Floats = NDArray[Any]
@@ -123,6 +125,27 @@ def lda(statistics: Statistics, features: Floats, ridge: float) -> Floats:
     weight = cho_solve(cho_factor(covariance), (statistics.means - centre).T)
     bias = -0.5 * (weight * (statistics.means + centre).T).sum(0)
     return features @ weight + bias
+
+
+def regression(statistics: Statistics, features: Floats, ridge: float) -> Floats:
+    """Score by ridge regression on which class it is, as if all had as many images."""
+    means, size = statistics.means, statistics.means.shape[1]
+    centre = means.mean(0)
+    between = (means - centre).T @ (means - centre) / len(means)
+    total = statistics.covariance + between
+    total = total + ridge * (total.trace() / size or 1.0) * np.eye(size)
+    return (features - centre) @ cho_solve(cho_factor(total), (means - centre).T)
+
+
+def ours(statistics: Statistics, features: Floats) -> Floats:
+    """Score by what answers by default: the mean of the two, the second brought to size."""
+    kept = ClassStatistics(
+        statistics.means,
+        statistics.counts.astype(np.int64),
+        statistics.scatter,
+        int(statistics.counts.sum() - (statistics.counts > 0).sum()),
+    )
+    return Discriminant.of(kept).logits(features)
 
 
 def random_weights(size: int, seed: int = 0, count: int = RANDOM_FEATURES) -> Floats:
@@ -439,6 +462,8 @@ def study(
         scorers: dict[str, Callable[[Statistics, Floats], Floats]] = {
             "nearest mean": nearest_mean,
             **{f"LDA, ridge {ridge:g}": _lda_with(ridge) for ridge in LDA_RIDGES},
+            **{f"regression, ridge {ridge:g}": _regression_with(ridge) for ridge in RIDGES[4:7]},
+            "LDA and regression (our default)": ours,
             "Gaussian alignment": lambda s, x: aligned(s, x, sizes, None),
             "Gaussian alignment, logit norm": lambda s, x: aligned(s, x, sizes, 0.1),
         }
@@ -471,6 +496,42 @@ def study(
         "drift": {kind: drift(kept[kind], kept["fresh"]) for kind in kinds if kind != "fresh"},
         "ridge": ridges,
     }
+
+
+def over_the_stream(
+    tasks: Sequence[TaskFeatures], tests: Sequence[Floats], truth: Ints, sizes: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Return figures of the whole stream for heads from statistics that follow the drift.
+
+    Args:
+        tasks: Each task's training features.
+        tests: Features of all test images after each task.
+        truth: Their labels.
+        sizes: Classes of each task.
+    """
+    ends = np.cumsum(sizes)
+    kept = [compensated(tasks[: i + 1], int(end), linear_shift) for i, end in enumerate(ends)]
+    heads: dict[str, Callable[[Statistics, Floats], Floats]] = {
+        "nearest mean": nearest_mean,
+        "LDA, ridge 0.1": _lda_with(0.1),
+        "regression, ridge 0.01": _regression_with(0.01),
+        "regression, ridge 0.1": _regression_with(0.1),
+        "LDA and regression (our default)": ours,
+    }
+    figures = {
+        name: summarise(
+            [head(part, features) for part, features in zip(kept, tests, strict=True)],
+            truth,
+            sizes,
+        )
+        for name, head in heads.items()
+    }
+    keys = ("final", "average", "forgetting", "task_known")
+    return {name: {key: values[key] for key in keys} for name, values in figures.items()}
+
+
+def _regression_with(ridge: float) -> Callable[[Statistics, Floats], Floats]:
+    return lambda statistics, features: regression(statistics, features, ridge)
 
 
 def _lda_with(ridge: float) -> Callable[[Statistics, Floats], Floats]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -132,6 +134,36 @@ def test_lda_is_the_shared_gaussians_posterior() -> None:
     expected = figures.softmax(log_density)
     found = figures.softmax(head_study.lda(statistics, features, 0.1))
     assert np.allclose(found, expected, atol=1e-6)
+
+
+def test_regression_is_that_on_indicators() -> None:
+    """With as many images of every class, on the images themselves."""
+    tasks, (queries, _) = generated()
+    features = np.concatenate([task.after for task in tasks]).astype(np.float64)
+    labels = np.concatenate([task.labels for task in tasks])
+    made = head_study.stored(tasks, CLASSES)
+    free = len(labels) - CLASSES
+    # The covariance is over degrees of freedom, what lies between the classes over classes.
+    made = replace(made, scatter=made.scatter * free / len(labels))
+    centre = features.mean(0)
+    rows = features - centre
+    gram = rows.T @ rows / len(rows)
+    penalty = 0.1 * np.trace(gram) / SIZE * np.eye(SIZE)
+    targets = rows.T @ np.eye(CLASSES)[labels] / len(rows) * CLASSES
+    expected = (queries - centre) @ np.linalg.solve(gram + penalty, targets)
+    assert np.allclose(head_study.regression(made, queries, 0.1), expected, atol=1e-5)
+
+
+def test_heads_over_the_stream() -> None:
+    moved = np.linspace(-1, 1, SIZE)
+    tasks, (features, labels) = generated(moved)
+    # Test images are drawn under the last backbone; the drift is the same for all images.
+    tests = [features - moved * (2 - number) for number in range(3)]
+    found = head_study.over_the_stream(tasks, tests, labels, TASKS)
+    for name, figure in found.items():
+        assert figure["final"] > 0.85, name
+        assert figure["average"] >= figure["final"] - 0.02, name
+        assert figure["forgetting"] < 0.15, name
 
 
 def test_gram_matrices_add_up_over_tasks() -> None:

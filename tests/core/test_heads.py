@@ -313,7 +313,7 @@ def test_a_novelty_threshold_is_a_share_of_known_images() -> None:
         made,
         (features[train], labels[train]),
         (features[~train][::2], labels[~train][::2]),
-        lda=True,
+        from_statistics=True,
     )
     assert examined.method is HeldOut.HELD_OUT
     ready = answering(model, made, pooled(model.calibration, examined))
@@ -397,11 +397,13 @@ def test_a_class_too_small_to_hold_out_is_left_out_instead() -> None:
     held[[0, 1, 31, 32]] = True
     made = untaught(6).with_images(features[~held], labels[~held], 3)
     parts = (features[~held], labels[~held]), (features[held], labels[held])
-    assert examine(model_of(made), made, *parts, lda=True).method is HeldOut.LEAVE_ONE_OUT
-    assert examine(model_of(made), made, *parts, lda=False).method is HeldOut.HELD_OUT
+    assert (
+        examine(model_of(made), made, *parts, from_statistics=True).method is HeldOut.LEAVE_ONE_OUT
+    )
+    assert examine(model_of(made), made, *parts, from_statistics=False).method is HeldOut.HELD_OUT
     with_all = held | (np.arange(len(labels)) == 60)
     parts = (features[~with_all], labels[~with_all]), (features[with_all], labels[with_all])
-    examined = examine(model_of(made), made, *parts, lda=True)
+    examined = examine(model_of(made), made, *parts, from_statistics=True)
     assert examined.method is HeldOut.HELD_OUT
     assert sorted(examined.positions.tolist()) == [0, 0, 1, 1, 2]
 
@@ -410,7 +412,7 @@ def test_no_more_is_examined_than_it_takes() -> None:
     features, labels = clusters(0, [3 * EXAMINED_IMAGES // 2] * 2, 3)
     made = untaught(3).with_images(features, labels, 2)
     empty = np.zeros((0, 3)), np.zeros(0, int)
-    examined = examine(model_of(made), made, (features, labels), empty, lda=True)
+    examined = examine(model_of(made), made, (features, labels), empty, from_statistics=True)
     assert examined.method is HeldOut.LEAVE_ONE_OUT
     assert len(examined.positions) <= EXAMINED_IMAGES
     assert examined.accuracy() == pytest.approx(1, abs=0.5)

@@ -483,7 +483,7 @@ def test_with_every_layer_full_the_head_still_learns(
     backbone: Backbone, stream: list[Learned]
 ) -> None:
     before = full(stream[0].model, *backbone.config.layers)
-    for head in ("lda", "trained"):
+    for head in ("statistics", "trained"):
         learned = learn(before, backbone, tiny.images(SECOND, 8), "second", head=head)
         assert learned.factors == {}
         for name, layer in learned.model.layers.items():
@@ -493,7 +493,7 @@ def test_with_every_layer_full_the_head_still_learns(
         assert learned.report.capacity == 0
         assert len(learned.model.head_weight) == len(FIRST) + len(SECOND)
         unseen = tiny.images(SECOND, 9, first=40)
-        if head == "lda":
+        if head == "statistics":
             assert asked(backbone, learned.model, unseen) > 0.8
         else:
             assert learned.report.epoch_losses[-1] < learned.report.epoch_losses[0]
