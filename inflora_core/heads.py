@@ -324,11 +324,20 @@ def losses_at(logits: Array, positions: Array) -> Array:
     return len(logits) * np.array([cross_entropy(logits, positions, t) for t in TEMPERATURES])
 
 
-def temperature_of(calibration: Calibration) -> float:
+def sureness(classes: int) -> float:
+    """Return how much larger the logits of so many classes must be than those of ten.
+
+    To be as sure among C classes, a softmax needs logits log(C) as large. Without this, temperatures
+    that were measured while there were few classes make many look less sure than they are.
+    """
+    return math.log(max(classes, 2)) / math.log(10)
+
+
+def temperature_of(calibration: Calibration, classes: int) -> float:
     """Return the temperature at which all that was measured is the likeliest."""
     if not calibration.images:
         return TEMPERATURE
-    return float(TEMPERATURES[int(np.argmin(calibration.losses))])
+    return float(TEMPERATURES[int(np.argmin(calibration.losses))]) / sureness(classes)
 
 
 def teaching_temperature(logits: Array, positions: Array, share: float) -> float:
@@ -512,7 +521,7 @@ def pooled(calibration: Calibration, examined: Examined) -> Calibration:
         scores = scores + counted
     return Calibration(
         calibration.images + len(examined.positions),
-        calibration.losses + losses_at(examined.logits, examined.positions),
+        calibration.losses + losses_at(examined.logits * sureness(classes), examined.positions),
         scores,
     )
 
@@ -532,7 +541,8 @@ def answering(
         trained: Weight and bias to answer with instead.
     """
     discriminant = Discriminant.of(statistics)
-    weight, bias = trained or discriminant.divided(statistics.means, temperature_of(calibration))
+    temperature = temperature_of(calibration, len(statistics.means))
+    weight, bias = trained or discriminant.divided(statistics.means, temperature)
     return replace(
         model,
         head_weight=weight,

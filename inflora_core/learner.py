@@ -169,7 +169,7 @@ def learn_task(
         held_out_accuracy=examined.accuracy(),
         held_out_counts=dict(Counter(classes[i].label for i in held_out_labels.tolist())),
         held_out_method=examined.method,
-        temperature=1.0 if trained else temperature_of(after.calibration),
+        temperature=1.0 if trained else temperature_of(after.calibration, len(classes)),
         tasks_left=tasks_left(after.capacity),
         class_bytes=class_bytes(after),
         shared_bytes=after.class_scatter.nbytes + after.novelty.whitening.nbytes,
