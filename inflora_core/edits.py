@@ -18,6 +18,7 @@ from inflora_core.errors import (
     NotFoundError,
     StateError,
 )
+from inflora_core.heads import ClassStatistics, answering, answers_from_statistics
 from inflora_core.labels import check_label
 from inflora_core.model import (
     ClassEntry,
@@ -106,14 +107,16 @@ def forget(model: ContinualModel, labels: Sequence[str]) -> ContinualModel:
 def without(model: ContinualModel, keys: Collection[str]) -> ContinualModel:
     """Return ``model`` without the classes of these keys; keys it does not know do no harm.
 
-    Their rows of the head and of the statistics go. The other rows stay as they are: logits of the
-    classes that are left do not change.
+    Their rows of the statistics go, and what answers is made anew from what is left. Rows that stay
+    as they are would give them away: those of other classes, and the offset of novelty, are made
+    around the mean of all means, and with all others known that is as good as the one that went.
+    Heads as they were trained know nothing of other tasks' classes, and stay to the bit.
     """
     kept = [i for i, entry in enumerate(model.classes) if entry.key not in keys]
     if len(kept) == len(model.classes):
         return model
     rows = np.array(kept, np.intp)
-    return replace(
+    left = replace(
         model,
         classes=tuple(model.classes[i] for i in kept),
         novelty=replace(
@@ -121,6 +124,10 @@ def without(model: ContinualModel, keys: Collection[str]) -> ContinualModel:
         ),
         **{name: getattr(model, name)[rows] for name in _ROWS},
     )
+    if not kept:
+        return left
+    trained = None if answers_from_statistics(model) else (left.head_weight, left.head_bias)
+    return answering(left, ClassStatistics.of(left), left.calibration, trained)
 
 
 def keys_to_forget(

@@ -35,7 +35,7 @@ from inflora_core.graph import (
     split,
     value_weight,
 )
-from inflora_core.model import ParityReport
+from inflora_core.model import ContinualModel, ParityReport
 from inflora_core.predictor import CPU, session_options
 
 LARGEST_FILE = 2**31 - 2**20
@@ -130,28 +130,28 @@ def check_parity(
     )
 
 
-def check_edit(before: bytes, after: bytes, columns: Sequence[int]) -> None:
-    """Compare a version's file with that of its parent, whose classes it knows, or some of them.
+def check_edit(before: bytes, after: bytes, model: ContinualModel) -> None:
+    """Compare a version's file with that of its parent, and with the state that it was made of.
 
-    There are no images, so what both see is noise. It is the head that must be the same, and
-    whatever goes in shows whether it is.
+    There are no images, so what both see is noise. Features must be the parent's, and logits what
+    the head makes of them; whatever goes in shows whether they are.
 
     Args:
         before: The parent's composed file.
         after: The composed file.
-        columns: For each class of ``after``, in order, its position in ``before``.
+        model: What ``after`` was made of.
 
     Raises:
-        ParityError: the logits of a class differ.
+        ParityError: features or logits differ.
         DamagedError: if one of them is not a composed file.
     """
     size = read_metadata(after).preprocessing
     rng = np.random.default_rng(0)
     pixels = rng.standard_normal((4, 3, size.height, size.width), np.float32)
-    expected, answered = (
-        _session(split(model)[1]).run([LOGITS], {PIXELS: pixels})[0] for model in (before, after)
-    )
-    _difference(answered, expected[:, list(columns)], _TOLERANCE, "the version before")
+    (features,) = _session(split(before)[1]).run([EMBEDDING], {PIXELS: pixels})
+    same, answered = _session(split(after)[1]).run([EMBEDDING, LOGITS], {PIXELS: pixels})
+    _difference(same, features, _TOLERANCE, "the version before", "features")
+    _difference(answered, model.logits(features), _TOLERANCE, "the state")
 
 
 def _difference(
@@ -159,17 +159,18 @@ def _difference(
     expected: NDArray[np.float32],
     tolerance: float,
     other: str = "torch",
+    what: str = "logits",
 ) -> tuple[float, float]:
-    """Return the largest difference of two logits, and the one allowed."""
+    """Return the largest difference of two answers, and the one allowed."""
     if answered.shape != expected.shape:
-        raise ParityError(f"ONNX gives logits {answered.shape}, {other} {expected.shape}")
+        raise ParityError(f"ONNX gives {what} {answered.shape}, {other} {expected.shape}")
     if not (np.isfinite(answered).all() and np.isfinite(expected).all()):
-        raise ParityError("a logit is not finite")
+        raise ParityError(f"not all {what} are finite")
     difference = float(np.abs(answered - expected).max())
     allowed = tolerance * max(1.0, float(np.abs(expected).max()) / 10)
     if difference > allowed:
         raise ParityError(
-            f"logits of ONNX and {other} differ by {difference:.2e}, more than {allowed:.2e}"
+            f"{what} of ONNX and {other} differ by {difference:.2e}, more than {allowed:.2e}"
         )
     return difference, allowed
 

@@ -408,8 +408,8 @@ class Calibration:
 
     Attributes:
         images: How many images the losses are over.
-        losses: (93,) float64, summed cross-entropy at each of ``TEMPERATURES``, of logits as if there
-            were ten classes (``heads.sureness``).
+        losses: (93,) float64, summed cross-entropy at each of ``TEMPERATURES``, of logits as if
+            there were ten classes (``heads.sureness``).
         scores: (400,) int64, novelty scores counted in bins of equal width.
     """
 

@@ -142,9 +142,7 @@ class Worker:
         onnx = materialise(template, edited.model, number)
 
         tracker.start(Stage.CHECKING)
-        positions = {entry.key: i for i, entry in enumerate(before.classes)}
-        columns = [positions[entry.key] for entry in edited.model.classes]
-        check_edit(materialise(template, before, number), onnx, columns)
+        check_edit(materialise(template, before, number), onnx, edited.model)
 
         tracker.start(Stage.PUBLISHING)
         self._store.publish_edit(edited, task, onnx)

@@ -20,6 +20,7 @@ from inflora_core.errors import (
     NotFoundError,
     StateError,
 )
+from inflora_core.heads import ClassStatistics, Discriminant, answering, novelty_of
 from inflora_core.model import ClassEntry, ClassUpdate, ContinualModel, Forget, new_classes
 from tests.core import tiny
 
@@ -36,7 +37,7 @@ def model_of(classes: tuple[ClassEntry, ...], seed: int = 0) -> ContinualModel:
         head_bias=rng.normal(size=n).astype(np.float32),
         class_means=rng.normal(size=(n, E)).astype(np.float32),
         class_counts=rng.integers(1, 99, n),
-        class_scatter=rng.normal(size=(E, E)).astype(np.float32),
+        class_scatter=np.cov(rng.normal(size=(E, 3 * E))).astype(np.float32),
         novelty=tiny.novelty(n, E),
         classes=classes,
         tasks=3,
@@ -69,7 +70,7 @@ def owners(classes: tuple[ClassEntry, ...]) -> dict[str, str]:
 
 
 @given(table=tables(), labels=st.lists(st.sampled_from(NAMES), min_size=1), seed=st.integers(0, 99))
-def test_what_is_forgotten_goes_and_the_rest_stays_to_the_bit(
+def test_what_is_forgotten_goes_and_trained_heads_stay_to_the_bit(
     table: tuple[ClassEntry, ...], labels: list[str], seed: int
 ) -> None:
     before = model_of(table, seed)
@@ -87,18 +88,39 @@ def test_what_is_forgotten_goes_and_the_rest_stays_to_the_bit(
     after = forget(before, labels)
     left = [i for i, entry in enumerate(table) if entry.key not in gone]
     assert after.classes == tuple(table[i] for i in left)
-    for row, i in enumerate(left):
-        for name in ("head_weight", "head_bias", "class_means", "class_counts"):
-            assert np.array_equal(getattr(after, name)[row], getattr(before, name)[i])
-        for name in ("weight", "bias"):
-            kept, old = (getattr(model.novelty, name) for model in (after, before))
-            assert np.array_equal(kept[row], old[i])
-            assert len(kept) == len(left)
-    assert after.class_scatter is before.class_scatter
+    for name in ("head_weight", "head_bias", "class_means", "class_counts"):
+        assert np.array_equal(getattr(after, name), getattr(before, name)[left]), name
+    made = ClassStatistics.of(after)
+    expected = novelty_of(made, Discriminant.of(made))
+    for name in ("weight", "bias", "whitening", "offset"):
+        np.testing.assert_array_equal(getattr(after.novelty, name), getattr(expected, name))
+    assert np.array_equal(after.class_scatter, before.class_scatter)
     assert after.layers is before.layers
     assert (after.tasks, after.version) == (before.tasks, before.version)
     assert before.classes == table
     assert forget(before, [*labels, *labels]).classes == after.classes, "twice counts once"
+
+
+@given(st.integers(0, 2**31), st.integers(3, 6))
+def test_nothing_that_is_left_depends_on_what_was_forgotten(seed: int, count: int) -> None:
+    """Two classes that are forgotten, with equal scatter: whichever it was, the same is left.
+
+    Rows that stay as they are would tell: they are made around the mean of all means.
+    """
+    table = new_classes([f"class {i}" for i in range(count)], "t")
+    one = replace(model_of(table, seed), class_freedom=50)
+    means = one.class_means.copy()
+    means[-1] += np.random.default_rng(seed).normal(size=E)
+    two = replace(one, class_means=means)
+    left = [
+        forget(answering(model, ClassStatistics.of(model), model.calibration), ["class 0", label])
+        for model, label in ((one, f"class {count - 1}"), (two, f"class {count - 1}"))
+    ]
+    for name in ("head_weight", "head_bias", "class_means", "class_counts"):
+        assert np.array_equal(*(getattr(model, name) for model in left)), name
+    for name in ("weight", "bias", "whitening", "offset"):
+        assert np.array_equal(*(getattr(model.novelty, name) for model in left)), name
+    assert left[0].head_weight.shape == (count - 2, E)
 
 
 def test_a_class_that_only_other_versions_know_is_forgotten_with_it() -> None:

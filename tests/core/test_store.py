@@ -122,7 +122,7 @@ def learned(
         head_bias=array(len(known)),
         class_means=array(len(known), e),
         class_counts=rng.integers(1, 99, len(known)),
-        class_scatter=array(e, e),
+        class_scatter=np.cov(array(e, 3 * e)).astype(np.float32),
         novelty=Novelty(array(len(known), e), array(len(known)), array(e, e), array(e)),
         class_freedom=17 + seed % 5,
         calibration=Calibration(12, rng.random(93), rng.integers(0, 9, SCORE_BINS)),
