@@ -32,6 +32,9 @@ from inflora_core.model import (
 MAX_ALIASES = 100
 """Of one class: the class table is in every manifest."""
 
+MAX_FORGOTTEN = 1000
+"""Names in one edit: what is asked for is checked while nothing else is accepted."""
+
 _ROWS = ("head_weight", "head_bias", "class_means", "class_counts")
 """What ``ContinualModel`` holds one row of for each class."""
 
@@ -69,10 +72,14 @@ def apply(model: ContinualModel, edit: Edit, others: Iterable[Classes] = ()) -> 
 
 
 def check_form(edit: Edit) -> None:
-    """Raise ``InvalidInputError`` if no model could be edited so."""
+    """Raise ``InvalidInputError`` or ``LimitExceededError`` if no model could be edited so."""
     if isinstance(edit, Forget):
         if not edit.labels:
             raise InvalidInputError("say which classes to forget", field="labels")
+        if len(edit.labels) > MAX_FORGOTTEN:
+            raise LimitExceededError(
+                f"at most {MAX_FORGOTTEN} classes are forgotten at once", field="labels"
+            )
         _check_labels(edit.labels, "labels")
         return
     check_label(edit.label, field="label")
@@ -83,8 +90,11 @@ def check_form(edit: Edit) -> None:
             "nothing is to change: give a new label, or aliases to add or to remove",
             field="new_label",
         )
-    _check_labels(edit.add_aliases, "add_aliases")
-    _check_labels(edit.remove_aliases, "remove_aliases")
+    for field in ("add_aliases", "remove_aliases"):
+        aliases = getattr(edit, field)
+        if len(aliases) > MAX_ALIASES:
+            raise LimitExceededError(f"a class has at most {MAX_ALIASES} aliases", field=field)
+        _check_labels(aliases, field)
 
 
 def check(classes: Classes, edit: Edit, others: Iterable[Classes] = ()) -> None:
@@ -149,13 +159,17 @@ def keys_to_forget(
     """
     check_form(Forget(tuple(labels)))
     current = {entry.key for entry in classes}
-    tables = [[entry for entry in table if entry.key not in current] for table in others]
+    named: dict[str, set[str]] = {}
+    for table in (classes, *others):
+        for entry in table:
+            if table is classes or entry.key not in current:
+                for name in entry.names:
+                    named.setdefault(name, set()).add(entry.key)
     keys: set[str] = set()
     for number, label in enumerate(labels):
-        found = {e.key for table in (classes, *tables) for e in table if label in e.names}
-        if not found:
+        if label not in named:
             raise NotFoundError(f"there is no class {label!a}", field=f"labels[{number}]")
-        keys |= found
+        keys |= named[label]
     if current and current <= keys:
         raise StateError(
             "no class would be left, and a version needs one: teach another one first",

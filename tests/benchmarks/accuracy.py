@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from inflora_core import bundled, durable
+from inflora_core import bundled, durable, evaluation
 from inflora_core.backbone import Backbone, create_backbone
 from inflora_core.config import preset
 from tests.benchmarks import figures, layouts, runs, teaching
@@ -233,7 +233,8 @@ def publish(
 @cache
 def showndigest() -> str:
     """Return a hash of the code that turns what runs saved into figures."""
-    return "".join(teaching.code_digest(Path(__file__).with_name(name)) for name in FIGURES_CODE)
+    paths = [Path(__file__).with_name(name) for name in FIGURES_CODE]
+    return "".join(teaching.code_digest(path) for path in [*paths, Path(evaluation.__file__)])
 
 
 def measured(plan: Plan, folder: Path, *, with_study: bool) -> dict[str, Any]:

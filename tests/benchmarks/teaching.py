@@ -38,6 +38,7 @@ METHOD = (
     "learner",
     "memory",
     "merge",
+    "model",
     "moments",
     "subspace",
     "training",

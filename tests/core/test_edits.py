@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inflora_core import edits
-from inflora_core.edits import MAX_ALIASES, apply, forget, keys_to_forget, updated
+from inflora_core.edits import MAX_ALIASES, MAX_FORGOTTEN, apply, forget, keys_to_forget, updated
 from inflora_core.errors import (
     ConflictError,
     InfloraError,
@@ -142,6 +142,19 @@ def test_keys_that_are_not_known_do_no_harm() -> None:
     model = model_of(new_classes("ab", "t"))
     assert edits.without(model, {"other.0"}) is model
     assert edits.without(model, {"t.0", "t.1"}).head_weight.shape == (0, E)
+
+
+def test_what_is_asked_for_at_once_is_limited() -> None:
+    """Before any name is looked at: nothing else is accepted while an edit is checked."""
+    many = tuple(f"name {i}" for i in range(MAX_FORGOTTEN + 1))
+    for edit, field in (
+        (Forget(many), "labels"),
+        (ClassUpdate("a", None, many), "add_aliases"),
+        (ClassUpdate("a", None, (), many), "remove_aliases"),
+    ):
+        with pytest.raises(LimitExceededError) as caught:
+            edits.check_form(edit)
+        assert caught.value.field == field
 
 
 # -- names --------------------------------------------------------------------------------------

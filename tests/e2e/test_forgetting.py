@@ -73,13 +73,13 @@ def test_a_forgotten_class_never_appears_again(folder: Path, tmp_path: Path) -> 
         assert (task.kind, task.version) == (TaskKind.FORGET, "models/default/versions/3")
         for version in (None, 1, 2, 3):  # 1,000 predictions
             assert named(client, many, version) == ({"red"} if version == 1 else {"red", "blue"})
-        # What is left is told apart as before: the odds of red and blue have not changed.
+        # What was clear about the others stays so.
         after = client.predict(some, top_k=TOP)
         for old, new in zip(before.predictions, after.predictions, strict=True):
-            assert odds(new) == pytest.approx(odds(old), rel=1e-3)
+            if not 1 / 8 < odds(old) < 8:
+                assert (odds(new) > 1) == (odds(old) > 1)
         classes, answered = exported(client, tmp_path)
-        assert classes == {"red", "blue"}
-        assert answered <= classes
+        assert classes == answered == {"red", "blue"}
         client.promote(2)
         assert named(client, some) == {"red", "blue"}
 

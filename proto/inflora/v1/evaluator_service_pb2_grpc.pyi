@@ -53,7 +53,8 @@ class EvaluatorServiceStub:
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
     - NOT_FOUND: there is no such model or version. A retry does not help.
-    - FAILED_PRECONDITION: no version is published yet. A retry helps once a task is published.
+    - FAILED_PRECONDITION: no version is published yet, and a retry helps once a task is published; or
+      the version was purged, or all its classes are forgotten, and a retry does not help.
     - RESOURCE_EXHAUSTED: a message or the whole is over its limit. A retry does not help.
     - DATA_LOSS: the version is damaged. A retry helps for the current version once another is
       promoted.
@@ -86,7 +87,8 @@ class EvaluatorServiceAsyncStub(EvaluatorServiceStub):
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
     - NOT_FOUND: there is no such model or version. A retry does not help.
-    - FAILED_PRECONDITION: no version is published yet. A retry helps once a task is published.
+    - FAILED_PRECONDITION: no version is published yet, and a retry helps once a task is published; or
+      the version was purged, or all its classes are forgotten, and a retry does not help.
     - RESOURCE_EXHAUSTED: a message or the whole is over its limit. A retry does not help.
     - DATA_LOSS: the version is damaged. A retry helps for the current version once another is
       promoted.
@@ -122,7 +124,8 @@ class EvaluatorServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
         - NOT_FOUND: there is no such model or version. A retry does not help.
-        - FAILED_PRECONDITION: no version is published yet. A retry helps once a task is published.
+        - FAILED_PRECONDITION: no version is published yet, and a retry helps once a task is published; or
+          the version was purged, or all its classes are forgotten, and a retry does not help.
         - RESOURCE_EXHAUSTED: a message or the whole is over its limit. A retry does not help.
         - DATA_LOSS: the version is damaged. A retry helps for the current version once another is
           promoted.
