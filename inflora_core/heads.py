@@ -24,6 +24,13 @@ from inflora_core.model import (
 TEMPERATURE = 6.0
 """What the logits are divided by until there are images to fit it on (``fit_temperature``)."""
 
+REGRESSION_SHARE = 0.4
+"""Of regression in what answers: with more of it, probabilities are worse; with less, more is
+forgotten (docs/method.md)."""
+
+EVEN_SHARE = 0.5
+"""Of regression in what A_t is trained against, where probabilities are softened anyway."""
+
 LARGEST_LOGIT = 30.0
 """Of a class's mean; easy classes would have logits of 1e5, which float32 cannot hold to 1e-4."""
 
@@ -147,7 +154,7 @@ class ClassStatistics:
 
 @dataclass(frozen=True)
 class Discriminant:
-    """Linear discriminants over all classes, before their temperature: the mean of two kinds.
+    """Linear discriminants over all classes, before their temperature: a mean of two kinds.
 
     With the shared covariance S, m the mean of the means, D = mu - m and B = D^T D / classes:
 
@@ -177,8 +184,8 @@ class Discriminant:
     shrinkage: float
 
     @classmethod
-    def of(cls, statistics: ClassStatistics) -> Discriminant:
-        """Return the discriminants of at least one class."""
+    def of(cls, statistics: ClassStatistics, share: float = REGRESSION_SHARE) -> Discriminant:
+        """Return the discriminants of at least one class; ``share`` of them is regression."""
         means = statistics.means.astype(np.float64)
         covariance, shrinkage = statistics.covariance()
         centre = means.mean(0)
@@ -190,8 +197,8 @@ class Discriminant:
         # With S^-1 for precision, W S V^T is D V^T. One class alone has no discriminant.
         size = float((within * regression).sum())
         scale = float((centred * regression).sum()) / size if size else 0.0
-        weight = (analysis + scale * regression) / 2
-        bias = -weight @ centre - (analysis * centred).sum(1) / 4
+        weight = (1 - share) * analysis + share * scale * regression
+        bias = -weight @ centre - (1 - share) / 2 * (analysis * centred).sum(1)
         return cls(weight, bias, centre, precision, total, scale, shrinkage)
 
     def logits(self, features: Array) -> Array:
@@ -216,7 +223,10 @@ def inverse(symmetric: Array) -> Array:
 
 
 def leave_one_out(
-    statistics: ClassStatistics, features: Array, positions: Array
+    statistics: ClassStatistics,
+    features: Array,
+    positions: Array,
+    share: float = REGRESSION_SHARE,
 ) -> tuple[Array, Array, Array]:
     """Return the answers for images that ``statistics`` contain, each as if it were not in them.
 
@@ -229,6 +239,7 @@ def leave_one_out(
         statistics: Over all images, those of ``features`` among them.
         features: (n, e).
         positions: (n,) int, the class of each.
+        share: Of regression.
 
     Returns:
         Logits (m, classes) float64 and novelty scores (m,) of those images whose class has others,
@@ -267,7 +278,7 @@ def leave_one_out(
     regressed = _regression_left_out(
         discriminant.total, centred, around, deviation, labels, count, left_out
     )
-    logits = (logits + discriminant.scale * regressed) / 2
+    logits = (1 - share) * logits + share * discriminant.scale * regressed
     return logits, 1 - cosines.max(1) / length, kept
 
 

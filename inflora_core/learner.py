@@ -22,6 +22,7 @@ from inflora_core.backbone import Backbone
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError, StateError
 from inflora_core.heads import (
+    EVEN_SHARE,
     TEMPERATURE,
     ClassStatistics,
     Discriminant,
@@ -254,11 +255,12 @@ def prepare(
             features_of(backbone, turned, config.batch_size), turned.labels.cpu().numpy(), 2
         )
     sample = spread(labels)
-    logits, _, kept = leave_one_out(statistics, seen[sample], labels[sample])
+    logits, _, kept = leave_one_out(statistics, seen[sample], labels[sample], EVEN_SHARE)
     temperature = TEMPERATURE
     if len(kept):
         temperature = teaching_temperature(logits, labels[sample][kept], config.softness)
-    weight, bias = Discriminant.of(statistics).divided(statistics.means, temperature)
+    discriminant = Discriminant.of(statistics, EVEN_SHARE)
+    weight, bias = discriminant.divided(statistics.means, temperature)
     growing = GrowingHead(weight, bias, known=len(before.classes))
     return Lesson(growing.to(device), train, held_out)
 

@@ -133,7 +133,7 @@ def test_features_that_stay_move_no_means() -> None:
 # -- the head -----------------------------------------------------------------------------------
 
 
-def test_the_head_is_the_mean_of_analysis_and_regression() -> None:
+def test_the_head_is_a_mean_of_analysis_and_regression() -> None:
     """Each as scikit-learn has it, the second brought to the size of the first within a class."""
     counts = [400, 400, 400, 400]
     features, labels = clusters(0, counts, 6)
@@ -149,7 +149,7 @@ def test_the_head_is_the_mean_of_analysis_and_regression() -> None:
         for array in (first, second)
     ]
     second *= (within[0] * within[1]).sum() / (within[1] ** 2).sum()
-    expected = (first + second) / 2
+    expected = 0.6 * first + 0.4 * second
     logits = Discriminant.of(made).logits(features)
     # An equal amount for all classes is nobody's business.
     difference = logits - expected
@@ -228,8 +228,8 @@ def test_leaving_out_is_as_if_the_image_had_never_been(seed: int, counts: list[i
         # The centre is that of all images: what B' is made around.
         total = without + means.T @ means / len(counts)
         regression = np.linalg.solve(total, means.T)
-        expected = (features[index] - centre) @ (analysis + scale * regression) / 2
-        expected -= (analysis * means.T).sum(0) / 4
+        expected = (features[index] - centre) @ (0.6 * analysis + 0.4 * scale * regression)
+        expected -= 0.3 * (analysis * means.T).sum(0)
         np.testing.assert_allclose(logits[row], expected, rtol=2e-2, atol=2e-2)
 
 
