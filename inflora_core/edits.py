@@ -129,13 +129,14 @@ def without(model: ContinualModel, keys: Collection[str]) -> ContinualModel:
     left = replace(
         model,
         classes=tuple(model.classes[i] for i in kept),
-        novelty=replace(
-            model.novelty, weight=model.novelty.weight[rows], bias=model.novelty.bias[rows]
-        ),
         **{name: getattr(model, name)[rows] for name in _ROWS},
     )
     if not kept:
-        return left
+        # Nothing is left to make anything of.
+        novelty = model.novelty
+        return replace(
+            left, novelty=replace(novelty, weight=novelty.weight[rows], bias=novelty.bias[rows])
+        )
     trained = None if answers_from_statistics(model) else (left.head_weight, left.head_bias)
     return answering(left, ClassStatistics.of(left), left.calibration, trained)
 

@@ -163,7 +163,7 @@ class Discriminant:
       to the first within a class: the one is sure of what is far from all others without end,
       the other is never sure, and features that have moved since fool it less.
 
-    Equal priors in both, however many images a class has.
+    ``share`` of the mean is regression. Equal priors in both, however many images a class has.
 
     Attributes:
         weight: (classes, e) float64.

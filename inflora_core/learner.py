@@ -220,10 +220,11 @@ def prepare(
 ) -> Lesson:
     """Return what A_t is trained against.
 
-    Heads as published know the task's own classes only. Otherwise it is the head that would answer
-    now, of all classes, made from the statistics of old ones and the features of new ones: it asks
-    of the features what the next head will. Rows of known classes stay; those of new classes are
-    trained with A_t, because what they can take on themselves need not move the features.
+    Heads as published know the task's own classes only. Otherwise it is a head like the one that
+    will answer (with even shares), of all classes, made from the statistics of old ones and the
+    features of new ones: it asks of the features what the next head will. Rows of known classes
+    stay; those of new classes are trained with A_t, because what they can take on themselves need
+    not move the features.
 
     Args:
         before: What is known.

@@ -138,7 +138,7 @@ def regression(statistics: Statistics, features: Floats, ridge: float) -> Floats
 
 
 def ours(statistics: Statistics, features: Floats) -> Floats:
-    """Score by what answers by default: the mean of the two, the second brought to size."""
+    """Score by what answers by default: a mean of the two, the second brought to size."""
     kept = ClassStatistics(
         statistics.means,
         statistics.counts.astype(np.int64),
