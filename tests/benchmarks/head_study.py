@@ -389,17 +389,11 @@ def semantic_shift(means: Floats, task: TaskFeatures) -> Floats:
     return (powers / powers.sum(1, keepdims=True)) @ moved
 
 
-def linear_shift(means: Floats, task: TaskFeatures, ridge: float = 1.0) -> Floats:
-    """The drift as a linear function of the features, by ridge regression on the new images."""
-    before = task.before.astype(np.float64)
-    moved = task.after - before
-    centre = before.mean(0)
-    rows = before - centre
-    gram = rows.T @ rows
-    size = len(gram)
-    penalty = ridge * (gram.trace() / size or 1.0)
-    map_ = cho_solve(cho_factor(gram + penalty * np.eye(size)), rows.T @ (moved - moved.mean(0)))
-    return (means - centre) @ map_ + moved.mean(0)
+def linear_shift(means: Floats, task: TaskFeatures) -> Floats:
+    """The drift as a linear function of the features, as the learner follows it."""
+    size = means.shape[1]
+    known = ClassStatistics(means, np.zeros(len(means), np.int64), np.zeros((size, size)), 0)
+    return known.drifted(task.before, task.after).means.astype(np.float64) - means
 
 
 def drift(kept: Statistics, fresh: Statistics) -> dict[str, float]:

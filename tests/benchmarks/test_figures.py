@@ -230,20 +230,20 @@ def test_a_common_drift_is_compensated() -> None:
     true = head_study.stored(fresh, CLASSES)
     lost = head_study.drift(head_study.stored(tasks, CLASSES), true)
     assert lost["means"] > 0.5
-    for shift in (head_study.semantic_shift, head_study.linear_shift):
-        left = head_study.drift(head_study.compensated(tasks, CLASSES, shift), true)
-        assert left["means"] < 1e-5
-        assert left["covariance"] < 1e-5
+    left = head_study.drift(head_study.compensated(tasks, CLASSES, head_study.semantic_shift), true)
+    assert left["means"] < 1e-5
+    assert left["covariance"] < 1e-5
 
 
-def test_a_linear_drift_is_compensated_by_a_linear_map() -> None:
+def test_a_drift_that_is_a_linear_map_is_followed() -> None:
     """Also where the new images do not lie: there the nearest ones say nothing."""
     generator = np.random.default_rng(0)
-    change = 0.2 * generator.standard_normal((SIZE, SIZE)) / np.sqrt(SIZE)
-    before = generator.standard_normal((400, SIZE))
-    task = TaskFeatures(before, before + before @ change, np.zeros(400, int))
+    before = generator.standard_normal((4000, SIZE))
+    task = TaskFeatures(before, 1.1 * before, np.zeros(len(before), int))
     old = 3 * generator.standard_normal((5, SIZE))
-    assert np.allclose(head_study.linear_shift(old, task, 1e-9), old @ change, atol=1e-3)
+    moved = head_study.linear_shift(old, task)
+    # The ridge is as large as the images' mean square over all of them, so half is followed.
+    assert np.allclose(moved, 0.05 * old, atol=0.02)
 
 
 def test_the_study_has_every_head_on_every_statistics() -> None:
