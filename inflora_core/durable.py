@@ -8,11 +8,24 @@ import uuid
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_DAMAGED = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    *(errno.EIO, errno.EBADMSG, errno.EUCLEAN),
+)
 
 
 def is_full(error: OSError) -> bool:
     """Whether ``error`` says that the disk, or a quota on it, is full."""
     return error.errno in _FULL
+
+
+def is_damage(error: OSError) -> bool:
+    """Whether ``error`` says that what was to be read is gone or spoilt.
+
+    Anything else, for example that too many files are open, passes: whoever took that for damage
+    would give up what is sound.
+    """
+    return error.errno in _DAMAGED
 
 
 def write(path: Path, data: bytes) -> None:

@@ -105,15 +105,6 @@ def check(classes: Classes, edit: Edit, others: Iterable[Classes] = ()) -> None:
         updated(classes, edit)
 
 
-def forget(model: ContinualModel, labels: Sequence[str]) -> ContinualModel:
-    """Return ``model`` without the classes of these names.
-
-    Raises:
-        InfloraError: as ``keys_to_forget`` does.
-    """
-    return without(model, keys_to_forget(model.classes, labels))
-
-
 def without(model: ContinualModel, keys: Collection[str]) -> ContinualModel:
     """Return ``model`` without the classes of these keys; keys it does not know do no harm.
 

@@ -114,7 +114,7 @@ def learn_task(
 
     with adapted(backbone.layers, reductions) as branches:
         tracker.start(Stage.TRAINING)
-        train_expansions(backbone, branches, lesson, config, tracker)
+        kept_epoch = train_expansions(backbone, branches, lesson, config, tracker)
 
         tracker.start(Stage.EXTENDING)
         moments, features = measure(backbone, train, config.batch_size, tracker)
@@ -174,6 +174,7 @@ def learn_task(
         tasks_left=tasks_left(after.capacity),
         class_bytes=class_bytes(after),
         shared_bytes=after.class_scatter.nbytes + after.novelty.whitening.nbytes,
+        kept_epoch=kept_epoch,
         epoch_losses=tuple(sum(losses) / len(losses) for losses in tracker.losses),
         stage_seconds=dict(tracker.seconds),
         settings=config.model_dump() | {"epochs": tracker.epochs},
@@ -250,7 +251,7 @@ def prepare(
     if classes == 1:
         # A softmax over one class has no gradient. The first class of all is told from its own
         # images upside down; later ones are told from the classes that are known.
-        train = train.with_upside_down(1)
+        train, held_out = train.with_upside_down(1), held_out.with_upside_down(1)
         turned = train.at(torch.arange(len(labels), len(train), device=device))
         statistics = statistics.with_images(
             features_of(backbone, turned, config.batch_size), turned.labels.cpu().numpy(), 2

@@ -48,18 +48,9 @@ class GradientMemory:
         )
 
     @property
-    def directions(self) -> Tensor:
-        """M (d, k)."""
-        return self.basis[:, : self.protected]
-
-    @property
     def free(self) -> int:
         """D - k."""
         return self.basis.shape[1] - self.protected
-
-    def reject(self, rows: Tensor) -> Tensor:
-        """Return ``rows`` (..., d) without their parts in the protected space."""
-        return rows - (rows @ self.directions) @ self.directions.mT
 
     def design(self, moment: Tensor, rank: int, criterion: Criterion) -> Tensor:
         """Return B_t (r, d); see ``subspace.design_reduction``."""

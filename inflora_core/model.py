@@ -129,6 +129,8 @@ class TaskReport:
     device: str
     warnings: tuple[str, ...] = ()
     parity: ParityReport | None = None
+    kept_epoch: int = 0
+    """The epoch, from 1, whose weights were kept; 0 where there was nothing to train."""
 
     def without_classes(self, labels: Collection[str]) -> TaskReport:
         """Return the report without what it says of classes of these labels."""
@@ -220,6 +222,15 @@ class Task:
     report: TaskReport | None = None
     edit: Edit | None = None
     """What to change, unless the task is to learn. It has no classes or examples then."""
+    withheld: tuple[str, ...] = ()
+    """Names of purged classes that it mentions. They are taken out when it ends, unless what it
+    makes is a version: then it taught, or named, something else so."""
+
+    def withholding(self, names: Collection[str]) -> Task:
+        """Return the record with those of ``names`` that it mentions among the withheld."""
+        shown = replace(self, withheld=())
+        more = [name for name in names if shown.without_classes([name]) != shown]
+        return replace(self, withheld=tuple(sorted({*self.withheld, *more})))
 
     def without_classes(self, names: Collection[str]) -> Task:
         """Return the record without names of classes, and without what would give them away."""
@@ -478,14 +489,6 @@ class ContinualModel:
         """Return logits (n, classes) float32 for final features (n, e)."""
         rows = np.asarray(features, np.float32)
         return np.asarray(rows @ self.head_weight.T + self.head_bias, np.float32)
-
-    def columns_of(self, task: str) -> list[int]:
-        """Return the positions of the classes that ``task`` taught."""
-        return [i for i, entry in enumerate(self.classes) if entry.task == task]
-
-    def position_of(self, name: str) -> int | None:
-        """Return the position of the class with this label or alias, None if there is none."""
-        return position_of(self.classes, name)
 
 
 @dataclass(frozen=True)

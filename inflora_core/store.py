@@ -177,6 +177,8 @@ class Store:
         store = cls(path)
         for folder in (store._versions, store._drafts, path / "backbones"):
             folder.mkdir(parents=True, exist_ok=True)
+        if not store._forgotten.exists():
+            store._recover_forgotten()
         return store
 
     def clear_drafts(self) -> None:
@@ -228,10 +230,10 @@ class Store:
             raise StateError("the store has no backbone yet")
         name = self._model / "backbone"
         try:
-            sha256 = name.read_text().strip()
+            sha256 = _read(name).decode().strip()
             folder = self.root / "backbones" / sha256
             entries = _FILES.validate_json(_read_manifest(folder))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise DamagedError(f"the backbone in {name} cannot be read: {error}") from error
         for entry in entries:
             _check(folder, entry)
@@ -285,7 +287,7 @@ class Store:
             raise NotFoundError(f"there is no version {number}", field="name")
         try:
             return _VERSION.validate_json(_read_manifest(folder))
-        except (OSError, ValidationError) as error:
+        except ValidationError as error:
             raise DamagedError(f"{folder / _MANIFEST} cannot be read: {error}") from error
 
     def version_of_task(self, task: str) -> int | None:
@@ -527,18 +529,16 @@ class Store:
         """Return which classes are forgotten.
 
         Raises:
-            DamagedError: the list cannot be read. What is on it must not come back, so nothing
-                can be loaded then.
+            DamagedError: the list is missing or cannot be read. What is on it must not come back,
+                so nothing can be loaded then.
         """
         try:
-            content = json.loads(self._forgotten.read_bytes())
+            content = json.loads(_read(self._forgotten))
             keys, purged = content["forgotten"], content["purged"]
             if content["sha256"] != _forgotten_sum(keys, purged):
                 raise DamagedError(f"{self._forgotten} does not have its checksum")
             return Forgotten(frozenset(keys), frozenset(purged))
-        except FileNotFoundError:
-            return Forgotten()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DamagedError(f"{self._forgotten} cannot be read: {error}") from error
 
     def forget(self, keys: Collection[str]) -> None:
@@ -547,21 +547,28 @@ class Store:
         Doing it again changes nothing. Only the one process that promotes may call this.
         """
         known = self.forgotten()
-        self._remember(Forgotten(known.keys.union(keys), known.purged))
+        changed = Forgotten(known.keys.union(keys), known.purged)
+        if changed != known:
+            self._remember(changed)
 
     def purge(self, keys: Collection[str]) -> None:
         """Delete the data of all versions that know one of these classes, which are forgotten.
 
-        Such versions can never be used again. An interrupted purge is finished by another call.
-        A version whose manifest is damaged is left alone, and named in the log: nothing says what
-        it knows. Only the one process that promotes may call this.
+        Such versions can never be used again. An interrupted purge is finished by another call, of
+        no keys even. A version whose manifest is damaged is left alone, and named in the log:
+        nothing says what it knows; once its manifest is sound again, the next call purges it. Only
+        the one process that promotes may call this.
         """
         known = self.forgotten()
-        self._remember(Forgotten(known.keys.union(keys), known.purged.union(keys)))
+        wanted = Forgotten(known.keys.union(keys), known.purged.union(keys))
+        if wanted != known:
+            self._remember(wanted)
+        if not wanted.purged:
+            return
         with self._rewriting:
             for number, version in self._manifests():
-                if any(entry.key in keys for entry in version.classes):
-                    self._purge_version(number, version)
+                if not self._is_purged(number, version, wanted.purged):
+                    self._purge_version(number, version, wanted.purged)
 
     def names_of(self, keys: Collection[str]) -> frozenset[str]:
         """Return what classes are, or once were, called, without names of classes of now."""
@@ -587,8 +594,21 @@ class Store:
     def _remember(self, forgotten: Forgotten) -> None:
         keys, purged = sorted(forgotten.keys), sorted(forgotten.purged)
         content = {"forgotten": keys, "purged": purged, "sha256": _forgotten_sum(keys, purged)}
-        if forgotten != self.forgotten():
-            durable.replace(self._forgotten, json.dumps(content, indent=1).encode() + b"\n")
+        durable.replace(self._forgotten, json.dumps(content, indent=1).encode() + b"\n")
+
+    def _recover_forgotten(self) -> None:
+        """Write the list of forgotten classes anew, as far as the manifests tell, if it is gone.
+
+        A new store has an empty one. Without it, every class ever forgotten would be back.
+        """
+        versions = [version for _, version in self._manifests()]
+        keys = {key for version in versions for key in version.forgets}
+        marked = {
+            entry.key for version in versions for entry in version.classes if entry.label == MARK
+        }
+        if keys:
+            log.warning("%s was lost, and is made again from the versions", self._forgotten)
+        self._remember(Forgotten(frozenset(keys | marked), frozenset(marked)))
 
     def _manifests(self) -> Iterator[tuple[int, Version]]:
         """Yield the manifests that can be read, as they are on the disk."""
@@ -598,9 +618,18 @@ class Store:
             except DamagedError as error:
                 log.warning("passing over version %d: %s", number, error)
 
-    def _purge_version(self, number: int, version: Version) -> None:
+    def _is_purged(self, number: int, version: Version, purged: Collection[str]) -> bool:
+        """Whether nothing of ``purged`` classes is left in a version, or ever was."""
+        known = [entry for entry in version.classes if entry.key in purged]
+        if not known:
+            return True
+        folder = self._folder(number)
+        one_sum = _read(folder / _MANIFEST_SUM).count(b"\n") == 1
+        leftovers = [name for name in _PURGED if (folder / name).exists()] + [*folder.glob(".*")]
+        return one_sum and not leftovers and all(entry.names == (MARK,) for entry in known)
+
+    def _purge_version(self, number: int, version: Version, purged: Collection[str]) -> None:
         """Take a version's data away, and the names of all its purged classes."""
-        purged = self.forgotten().purged
         names = {name for entry in version.classes if entry.key in purged for name in entry.names}
         redacted = replace(
             version,
@@ -720,13 +749,22 @@ def _forgotten_sum(keys: list[str], purged: list[str]) -> str:
 def _read_manifest(folder: Path) -> bytes:
     # Before and after: a purge may replace the manifest meanwhile. While it does, there are two
     # lines, of the old one and of the new one.
-    sums = (folder / _MANIFEST_SUM).read_bytes()
-    content = (folder / _MANIFEST).read_bytes()
-    sums += (folder / _MANIFEST_SUM).read_bytes()
+    sums = _read(folder / _MANIFEST_SUM)
+    content = _read(folder / _MANIFEST)
+    sums += _read(folder / _MANIFEST_SUM)
     # A flipped bit in a class's name would pass for a class of another name.
     if _manifest_sum(content) not in sums.splitlines(keepends=True):
         raise DamagedError(f"{folder / _MANIFEST} does not have its checksum")
     return content
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if not durable.is_damage(error):
+            raise
+        raise DamagedError(f"{path} cannot be read: {error}") from error
 
 
 def _manifest_sum(manifest: bytes) -> bytes:
@@ -743,10 +781,7 @@ def _entry(name: str, data: bytes) -> FileEntry:
 
 def _check(folder: Path, entry: FileEntry) -> bytes:
     path = folder / entry.name
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
+    data = _read(path)
     if _entry(entry.name, data) != entry:
         raise DamagedError(f"{path} does not have the checksum in its manifest")
     return data

@@ -121,8 +121,12 @@ def train_expansions(
     lesson: Lesson,
     config: LearnConfig,
     tracker: Tracker,
-) -> None:
+) -> int:
     """Train every A_t, and the head as far as it is free, by cross-entropy (section 4.1).
+
+    Returns:
+        The epoch, from 1, that is kept: the last, or the best one where training ends early. 0 if
+        there was nothing to train.
 
     Raises:
         InvalidInputError: the loss became NaN or infinite.
@@ -132,7 +136,7 @@ def train_expansions(
     free = [part for part in head.parameters() if part.requires_grad]
     parameters = expansions + free
     if not expansions and config.head == "statistics":
-        return  # nothing is free: rows that are let go afterwards need no training
+        return 0  # nothing is free: rows that are let go afterwards need no training
     optimizer = optimizer_for(expansions, free, config)
     generator = torch.Generator().manual_seed(config.seed)
     steps = math.ceil(len(images) / config.batch_size)
@@ -158,7 +162,7 @@ def train_expansions(
             tracker.step((epoch + (step + 1) / steps) / tracker.epochs)
         if watch.on and watch.over(held_out_loss(backbone, head, held_out, config), parameters):
             break
-    watch.restore(parameters)
+    return watch.restore(parameters) or len(tracker.losses)
 
 
 def diverged(how: str) -> InvalidInputError:
@@ -189,11 +193,13 @@ class Watch:
 
     on: bool
     lowest: float = math.inf
+    epochs: int = 0
     since: int = 0
     best: list[Tensor] | None = None
 
     def over(self, loss: float, parameters: list[nn.Parameter]) -> bool:
         """Take note of an epoch's held-out loss; return whether to stop."""
+        self.epochs += 1
         if loss < self.lowest:
             self.lowest, self.since = loss, 0
             self.best = [part.detach().clone() for part in parameters]
@@ -201,11 +207,12 @@ class Watch:
             self.since += 1
         return self.since >= PATIENCE
 
-    def restore(self, parameters: list[nn.Parameter]) -> None:
-        """Go back to the best epoch."""
+    def restore(self, parameters: list[nn.Parameter]) -> int:
+        """Go back to the best epoch, and return which it was, from 1; 0 if none was looked at."""
         with torch.no_grad():
             for part, best in zip(parameters, self.best or [], strict=False):
                 part.copy_(best)
+        return self.epochs - self.since
 
 
 @torch.inference_mode()

@@ -111,7 +111,7 @@ class Worker:
             return done
         tracker.start(Stage.DECODING)
         backbone, before = self._load(), self._state(parent)
-        data, sample = self._decode(spool, backbone, before, tracker)
+        data, sample, meant = self._decode(spool, backbone, before, tracker)
         learned = learn_task(before, backbone, data, task, config, tracker)
 
         tracker.start(Stage.EXPORTING)
@@ -123,7 +123,14 @@ class Worker:
             parity = check_parity(onnx, logits, pixels, Decoded(sample.values()), backbone)
 
         tracker.start(Stage.PUBLISHING)
-        report = replace(learned.report, parity=parity, stage_seconds=dict(tracker.seconds))
+        # Under the names that the task used: an alias counts what its class has.
+        counts = learned.report.held_out_counts
+        report = replace(
+            learned.report,
+            held_out_counts={name: counts[x] for name, x in meant.items() if x in counts},
+            parity=parity,
+            stage_seconds=dict(tracker.seconds),
+        )
         learned = replace(learned, report=report)
         number = self._store.publish(learned, task, onnx).number
         self._newest = replace(learned.model, version=number)
@@ -164,13 +171,16 @@ class Worker:
 
     def _decode(
         self, spool: Path, backbone: Backbone, model: ContinualModel, tracker: Tracker
-    ) -> tuple[LabelledImages, dict[int, bytes]]:
+    ) -> tuple[LabelledImages, dict[int, bytes], dict[str, str]]:
         """Return the task's images at model size, and some of every class as they came.
 
-        An alias is taken for the class that it means.
+        An alias is taken for the class that it means. The last value tells, of every name that the
+        examples came under, which class's label it stands for.
         """
-        meant = {alias: entry.label for entry in model.classes for alias in entry.aliases}
-        examples = [(image, meant.get(label, label)) for image, label in read_spool(spool)]
+        aliases = {alias: entry.label for entry in model.classes for alias in entry.aliases}
+        spooled = list(read_spool(spool))
+        meant = {label: aliases.get(label, label) for _, label in spooled}
+        examples = [(image, meant[label]) for image, label in spooled]
         positions = {label: i for i, label in enumerate(dict.fromkeys(x for _, x in examples))}
         labels = np.array([positions[label] for _, label in examples], np.int64)
         size = backbone.preprocessing
@@ -185,7 +195,7 @@ class Worker:
         # In the order of classes, so that every class has its share whatever order they came in.
         step = math.ceil(len(examples) / PARITY_IMAGES)
         sample = {i: examples[i][0] for i in np.argsort(labels, kind="stable")[::step].tolist()}
-        return LabelledImages(pixels, labels, tuple(positions)), sample
+        return LabelledImages(pixels, labels, tuple(positions)), sample, meant
 
 
 class Decoded(Sequence[Array]):

@@ -120,6 +120,7 @@ def _report(message: task_pb2.TaskReport) -> resources.TaskReport:
         tasks_left=_optional(message, "tasks_left"),
         class_bytes=message.class_bytes,
         shared_bytes=message.shared_bytes,
+        kept_epoch=message.kept_epoch,
     )
 
 

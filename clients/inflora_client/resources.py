@@ -199,6 +199,7 @@ class TaskReport:
         tasks_left: About how many more tasks of this kind fit; None after the first task.
         class_bytes: Bytes that each class adds to a version's state.
         shared_bytes: Bytes of statistics that all classes share.
+        kept_epoch: The epoch, from 1, whose weights were kept; 0 where there was nothing to train.
     """
 
     layers: tuple[LayerReport, ...]
@@ -218,6 +219,7 @@ class TaskReport:
     tasks_left: float | None
     class_bytes: int
     shared_bytes: int
+    kept_epoch: int
 
 
 @dataclass(frozen=True, slots=True)

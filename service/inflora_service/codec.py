@@ -367,6 +367,7 @@ def _report(report: TaskReport) -> pb.TaskReport:
         tasks_left=report.tasks_left,
         class_bytes=report.class_bytes,
         shared_bytes=report.shared_bytes,
+        kept_epoch=report.kept_epoch,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 import numpy as np
 
 from inflora_core.config import Limits
-from inflora_core.errors import InvalidInputError, LimitExceededError
+from inflora_core.errors import InvalidInputError, LimitExceededError, StateError
 from inflora_core.evaluation import Evaluation, Tally
 from inflora_core.predictor import Floats, processors
 from inflora_service.aio import map_threads
@@ -17,6 +18,9 @@ from inflora_service.uploads import Example, Intake, decode_example
 
 BATCH = 64
 """Images that are in memory, and classified, at a time."""
+
+MOST_AT_ONCE = 8
+"""Evaluations under way. Each keeps its version in memory, which may be another one for each."""
 
 
 class Evaluator:
@@ -33,21 +37,32 @@ class Evaluator:
         # Threads of its own: in the queue of those that decode for Predict, every call would stand
         # behind a batch of 64 photos. Half of the processors, as for uploads of tasks.
         self._decoders = ThreadPoolExecutor(max(1, processors() // 2), "evaluate-decode")
+        self._running = 0
 
     def close(self) -> None:
         """Let the threads go once they are idle; evaluations cannot go on."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def begin(self, version: int | None) -> Examination:
-        """Return an examination of version ``version``; None for the one that is current now.
+    @asynccontextmanager
+    async def examination(self, version: int | None) -> AsyncIterator[Examination]:
+        """An examination of version ``version``; None for the one that is current now.
 
         Raises:
+            LimitExceededError: too many are under way.
             StateError: no version is published.
             NotFoundError: there is no such version.
             DamagedError: the version is damaged.
         """
-        loaded = await self._host.answering(version)
-        return Examination(loaded, self._host, self._limits, self._decoders)
+        if self._running >= MOST_AT_ONCE:
+            raise LimitExceededError(
+                f"{self._running} evaluations are under way already: retry when one has ended"
+            )
+        self._running += 1
+        try:
+            loaded = await self._host.answering(version)
+            yield Examination(loaded, self._host, self._limits, self._decoders)
+        finally:
+            self._running -= 1
 
 
 class Examination:
@@ -65,6 +80,7 @@ class Examination:
 
     def __init__(self, loaded: Loaded, host: ModelHost, limits: Limits, decoders: Executor) -> None:
         self.version = loaded.version.number
+        self._loaded = loaded
         self._predictor = loaded.predictor
         self._host = host
         self._limits = limits
@@ -81,6 +97,7 @@ class Examination:
         Raises:
             InvalidInputError: a label or an image is not acceptable; its field is named.
             LimitExceededError: the evaluation is over a limit.
+            StateError: classes were forgotten meanwhile.
         """
         first, at = self._intake.take(examples), 0
         while at < len(examples):
@@ -107,6 +124,7 @@ class Examination:
 
         Raises:
             InvalidInputError: there were no examples.
+            StateError: classes were forgotten meanwhile.
         """
         if not self._intake.count:
             raise InvalidInputError("there is nothing to measure: send examples", field="examples")
@@ -137,3 +155,5 @@ class Examination:
             self._tally.add(labels, answers.logits, answers.probabilities, answers.novelty)
 
         await self._host.in_bulk(work)
+        if not self._host.is_fresh(self._loaded):
+            raise StateError("classes were forgotten meanwhile: evaluate again", field="version")

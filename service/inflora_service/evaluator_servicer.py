@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 from inflora.v1 import evaluator_service_pb2 as pb
 from inflora.v1 import evaluator_service_pb2_grpc
@@ -27,10 +28,13 @@ class EvaluatorServicer(evaluator_service_pb2_grpc.EvaluatorServiceServicer):
         first = await receiving.first_message(request_iterator)
         with fields_under("spec."):
             spec = codec.decode_evaluation_spec(first.spec)
-        with fields_under("spec.", name="version"):
-            examination = await self._evaluator.begin(spec.version)
-        await receiving.receive(request_iterator, examination, self._limits)
-        evaluation = await examination.finish(spec.confusions)
+        async with AsyncExitStack() as stack:
+            with fields_under("spec.", name="version"):
+                examination = await stack.enter_async_context(
+                    self._evaluator.examination(spec.version)
+                )
+            await receiving.receive(request_iterator, examination, self._limits)
+            evaluation = await examination.finish(spec.confusions)
         # In a thread: ten thousand classes take tenths of a second.
         encoded = await asyncio.to_thread(codec.encode_evaluation, evaluation, examination.version)
         return pb.EvaluateResponse(evaluation=encoded)

@@ -169,28 +169,43 @@ class TaskRecords:
     def redact(self, names: Collection[str], task: str) -> None:
         """Take names of classes out of the records of all tasks that have ended, and of ``task``.
 
-        The file holds no copy of them then. Doing it again does no harm.
+        The file holds no copy of them then, but in records of tasks that have not ended: those are
+        told to leave them out (``Task.withheld``). Doing it again does no harm.
 
         Raises:
             LimitExceededError: the disk is full.
             UnavailableError: the disk cannot be used.
         """
-        marks = ", ".join("?" * len(_UNFINISHED))
-        rows = self._execute(
-            f"SELECT record FROM tasks WHERE state NOT IN ({marks}) OR id = ?",
-            [*_UNFINISHED, task],
-        )
-        for (record,) in rows:
-            try:
-                before = self._decode(record)
-            except DamagedError as error:
-                log.warning("passing over what cannot be read: %s", error)
-                continue
-            after = replace(before, task=before.task.without_classes(names))
-            if after != before:
-                self.update(after)
-        # What was overwritten stays in the log of changes until that is emptied.
+        for (number,) in self._execute("SELECT seq FROM tasks", ()):
+            # Again where it was written meanwhile, by a task that goes on or ends.
+            while not self._redact(number, names, task):
+                pass
+        self.scrub()
+
+    def scrub(self) -> None:
+        """Empty the log of changes, where what was overwritten stays until then."""
         self._execute("PRAGMA wal_checkpoint(TRUNCATE)", ())
+
+    def _redact(self, number: int, names: Collection[str], own: str) -> bool:
+        """Take names out of one record; return False if it was written meanwhile."""
+        ((record,),) = self._execute("SELECT record FROM tasks WHERE seq = ?", (number,))
+        try:
+            before = self._decode(record)
+        except DamagedError as error:
+            log.warning("passing over what cannot be read: %s", error)
+            return True
+        task = before.task
+        if task.state.ended or task.id == own:
+            after = replace(before, task=task.without_classes(names))
+        else:
+            after = replace(before, task=task.withholding(names))
+        if after == before:
+            return True
+        changed = self._execute(
+            "UPDATE tasks SET record = ? WHERE seq = ? AND record = ? RETURNING seq",
+            (_encode(after), number, record),
+        )
+        return bool(changed)
 
     def _execute(self, statement: str, values: tuple[object, ...] | list[str]) -> list[Any]:
         with self._lock, self._translated():

@@ -216,10 +216,15 @@ class Server:
     def _check_backbone(self, store: Store) -> None:
         """See that the store's backbone is sound, and the one asked for if one is.
 
-        And the list of forgotten classes, without which nothing could be loaded.
+        And the list of forgotten classes, without which nothing could be loaded. A purge may have
+        passed over a version whose manifest is sound again: it is finished.
         """
         store.backbone()
         store.forgotten()
+        try:
+            store.purge(())
+        except OSError as error:
+            log.warning("what a purge left behind stays until the next start: %s", error)
         if self._settings.backbone is not None:
             backbone_source.check(store.root, self._asked_backbone())
 

@@ -7,7 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,8 +93,10 @@ class ModelHost:
         self._fault: DamagedError | None = None
         self._sound = asyncio.Event()
         self._pinned: OrderedDict[int, Loaded] = OrderedDict()
-        self._loading: dict[int, asyncio.Task[Loaded]] = {}
+        self._loading: dict[int, tuple[int, asyncio.Task[Loaded]]] = {}
         self._generation = 0
+        self._settled = asyncio.Event()
+        self._settled.set()
         self._swap = asyncio.Lock()
         # One at a time: a version that is being loaded takes several times the memory of its file.
         self._loader = ThreadPoolExecutor(1, "version-load")
@@ -143,6 +145,10 @@ class ModelHost:
         """Wait until ``current`` can be told: for good, once it can."""
         await self._sound.wait()
 
+    def is_fresh(self, loaded: Loaded) -> bool:
+        """Whether no class was forgotten since the version was read."""
+        return loaded.generation == self._generation
+
     def is_current(self, number: int) -> bool:
         """Whether version ``number`` answers calls that name none."""
         return self._current is not None and self._current.version.number == number
@@ -183,11 +189,15 @@ class ModelHost:
     async def _purge(self, number: int) -> None:
         async with self._swap:
             version = await self._swap_to(number)
+            self._settled.clear()
             try:
                 await asyncio.to_thread(self._store.purge, version.forgets)
             finally:
                 # They may not answer any more, even where their files could not be deleted yet.
                 self._drop_pinned()
+                if self._current is not None:
+                    self._current = replace(self._current, generation=self._generation)
+                self._settled.set()
 
     async def _swap_to(self, number: int) -> Version:
         loaded = await self._get(number)
@@ -197,12 +207,12 @@ class ModelHost:
         if not self.is_current(number):
             await asyncio.to_thread(self._store.set_current, number)
             log.info("version %d is current", number)
-        # Running calls hold the version they began with; it goes when the last of them ends.
-        self._current, self._fault = loaded, None
-        self._sound.set()
         self._pinned.pop(number, None)
         if loaded.version.forgets:
             self._drop_pinned()
+        # Running calls hold the version they began with; it goes when the last of them ends.
+        self._current, self._fault = replace(loaded, generation=self._generation), None
+        self._sound.set()
         self._on_serving()
         return loaded.version
 
@@ -293,11 +303,19 @@ class ModelHost:
                 return self._pinned[number]
             if number not in self._loading:
                 loading = asyncio.create_task(self._load_in_turn(number))
-                self._loading[number] = loading
+                self._loading[number] = self._generation, loading
                 loading.add_done_callback(lambda _: self._loading.pop(number))
-            # Others may wait for it, too: a caller that is cancelled does not end it.
-            loaded = await asyncio.shield(self._loading[number])
-            if loaded.generation == self._generation:
+            generation, loading = self._loading[number]
+            try:
+                # Others may wait for it, too: a caller that is cancelled does not end it.
+                loaded = await asyncio.shield(loading)
+            except InfloraError:
+                # Files that were withheld, or purged, under way make for errors that are no answer.
+                await self._settled.wait()
+                if generation == self._generation:
+                    raise
+                continue
+            if self.is_fresh(loaded):
                 self._keep(loaded)
                 return loaded
 

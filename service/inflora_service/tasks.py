@@ -449,6 +449,8 @@ class TaskQueue:
                     return version
                 # Names go from the manifests last: nowhere else is it written what they were.
                 names |= await asyncio.to_thread(self._store.names_of, version.forgets)
+                for other in self._live.values():
+                    other.task = other.task.withholding(names)
                 await asyncio.to_thread(self._records.redact, names, live.task.id)
                 live.task = live.task.without_classes(names)
                 await self._host.purge(number)
@@ -458,8 +460,13 @@ class TaskQueue:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _end(self, live: _Live, state: TaskState, **changes: Any) -> None:
-        ended = replace(live.task, state=state, end_time=now(), **changes)
+        ended = replace(live.task, state=state, end_time=now(), withheld=(), **changes)
+        if state is not TaskState.PUBLISHED:
+            ended = ended.without_classes(live.task.withheld)
         await self._write(Snapshot(ended, live.progress))
+        if live.task.withheld:
+            with contextlib.suppress(InfloraError):  # the next change that fills the log does it
+                await asyncio.to_thread(self._records.scrub)
         await asyncio.to_thread(self._remove_spool, ended.id)
         del self._live[ended.id]
         live.change(ended)

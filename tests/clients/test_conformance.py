@@ -171,6 +171,7 @@ class TestTasks:
             temperature=4.5,
             class_bytes=2320,
             shared_bytes=294912,
+            kept_epoch=1,
         )
         peer.watches.append([task("PUBLISHED", report=report)])
         published = client.wait(client.learn([(b"1", "a")]))
@@ -188,6 +189,7 @@ class TestTasks:
         assert published.report.temperature == 4.5
         assert published.report.tasks_left is None
         assert (published.report.class_bytes, published.report.shared_bytes) == (2320, 294912)
+        assert published.report.kept_epoch == 1
 
     def test_wait_raises_for_a_failed_task(self, client: Client, peer: Peer) -> None:
         why = status("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY")

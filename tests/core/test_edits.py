@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inflora_core import edits
-from inflora_core.edits import MAX_ALIASES, MAX_FORGOTTEN, apply, forget, keys_to_forget, updated
+from inflora_core.edits import MAX_ALIASES, MAX_FORGOTTEN, apply, keys_to_forget, updated
 from inflora_core.errors import (
     ConflictError,
     InfloraError,
@@ -21,11 +21,22 @@ from inflora_core.errors import (
     StateError,
 )
 from inflora_core.heads import ClassStatistics, Discriminant, answering, novelty_of
-from inflora_core.model import ClassEntry, ClassUpdate, ContinualModel, Forget, new_classes
+from inflora_core.model import (
+    ClassEntry,
+    ClassUpdate,
+    ContinualModel,
+    Forget,
+    new_classes,
+    position_of,
+)
 from tests.core import tiny
 
 E = 4
 NAMES = [f"name {i}" for i in range(8)]
+
+
+def forgotten(model: ContinualModel, labels: list[str]) -> ContinualModel:
+    return apply(model, Forget(tuple(labels))).model
 
 
 def model_of(classes: tuple[ClassEntry, ...], seed: int = 0) -> ContinualModel:
@@ -79,13 +90,13 @@ def test_what_is_forgotten_goes_and_trained_heads_stay_to_the_bit(
     gone = {known[label] for label in labels if label in known}
     if unknown or len(gone) == len(table):
         with pytest.raises(InfloraError) as caught:
-            forget(before, labels)
+            forgotten(before, labels)
         kind, field = (
             (NotFoundError, f"labels[{unknown[0]}]") if unknown else (StateError, "labels")
         )
         assert (type(caught.value), caught.value.field) == (kind, field)
         return
-    after = forget(before, labels)
+    after = forgotten(before, labels)
     left = [i for i, entry in enumerate(table) if entry.key not in gone]
     assert after.classes == tuple(table[i] for i in left)
     for name in ("head_weight", "head_bias", "class_means", "class_counts"):
@@ -98,7 +109,7 @@ def test_what_is_forgotten_goes_and_trained_heads_stay_to_the_bit(
     assert after.layers is before.layers
     assert (after.tasks, after.version) == (before.tasks, before.version)
     assert before.classes == table
-    assert forget(before, [*labels, *labels]).classes == after.classes, "twice counts once"
+    assert forgotten(before, [*labels, *labels]).classes == after.classes, "twice counts once"
 
 
 @given(st.integers(0, 2**31), st.integers(3, 6))
@@ -112,10 +123,10 @@ def test_nothing_that_is_left_depends_on_what_was_forgotten(seed: int, count: in
     means = one.class_means.copy()
     means[-1] += np.random.default_rng(seed).normal(size=E)
     two = replace(one, class_means=means)
-    left = [
-        forget(answering(model, ClassStatistics.of(model), model.calibration), ["class 0", label])
-        for model, label in ((one, f"class {count - 1}"), (two, f"class {count - 1}"))
+    answers = [
+        answering(model, ClassStatistics.of(model), model.calibration) for model in (one, two)
     ]
+    left = [forgotten(model, ["class 0", f"class {count - 1}"]) for model in answers]
     for name in ("head_weight", "head_bias", "class_means", "class_counts"):
         assert np.array_equal(*(getattr(model, name) for model in left)), name
     for name in ("weight", "bias", "whitening", "offset"):
@@ -183,14 +194,14 @@ def test_a_change_of_names_changes_just_these(
         assert (type(caught.value), caught.value.field) == expected
         return
     after = apply(before, change).model
-    at = before.position_of(label)
+    at = position_of(before.classes, label)
     assert at is not None
     assert [*after.classes[at].names] == expected
     assert after.classes[:at] + after.classes[at + 1 :] == table[:at] + table[at + 1 :]
     assert (after.classes[at].key, after.classes[at].task) == (table[at].key, table[at].task)
     assert owners(after.classes).items() >= dict.fromkeys(expected, table[at].key).items()
     assert after.head_weight is before.head_weight
-    assert all(after.position_of(name) == at for name in expected)
+    assert all(position_of(after.classes, name) == at for name in expected)
 
 
 def outcome(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from inflora_core import durable, edits
 from inflora_core.edits import Edited
 from inflora_core.errors import DamagedError, NotFoundError, StateError
-from inflora_core.model import MARK, ClassUpdate, Forget, VersionState
+from inflora_core.model import MARK, ClassUpdate, Forget, VersionState, position_of
 from inflora_core.store import ONNX_FILE, Forgotten, Store
 from tests.core.test_store import assert_same, open_with_backbone, publish
 
@@ -71,7 +72,7 @@ def test_an_edit_changes_nothing_else(store: Store) -> None:
     version, after = store.version(number), store.load_model(number)
     assert (version.parent, version.report, version.forgets) == (4, None, ())
     assert version.classes[0].names == ("new", "old")
-    assert after.position_of("old") == after.position_of("new") == 0
+    assert position_of(after.classes, "old") == position_of(after.classes, "new") == 0
     assert_same(replace(after, classes=before.classes, version=4), before)
     assert after.tasks == 3, "nothing was learned"
     assert store.version(4).classes[0].names == (FIRST,)
@@ -166,8 +167,8 @@ def holding(root: Path, text: str) -> list[Path]:
     return [path for path in files if any(form in path.read_bytes() for form in forms)]
 
 
-def purge(store: Store) -> None:
-    store.purge(store.version(5).forgets)
+def purge(store: Store, number: int = 5) -> None:
+    store.purge(store.version(number).forgets)
 
 
 def test_a_purge_leaves_nothing_but_the_factors(store: Store) -> None:
@@ -291,6 +292,51 @@ def test_a_damaged_version_does_not_stop_a_purge(
     purge(store)
     assert "passing over version 3" in caplog.text
     assert [store.version(n).state for n in (1, 2, 4, 5)] == [WHOLE, PURGED, PURGED, WHOLE]
+
+
+def test_a_purge_is_not_finished_while_a_version_cannot_be_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files say nothing about a version: passing over it would leave it whole."""
+    edit(store, 4, Forget((SECOND,), purge=True))
+    read = Path.read_bytes
+
+    def starved(path: Path) -> bytes:
+        if path == store._folder(4) / "manifest.json":
+            raise OSError(errno.EMFILE, "too many open files")
+        return read(path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", starved)
+        with pytest.raises(OSError, match="too many"):
+            purge(store)
+    purge(store)
+    assert not holding(store.root, SECOND)
+
+
+def test_a_version_that_was_passed_over_is_purged_later(store: Store) -> None:
+    edit(store, 4, Forget((SECOND,), purge=True))
+    manifest = store._folder(4) / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:-1])
+    purge(store)
+    manifest.write_bytes(content)
+    assert holding(store.root, SECOND)
+    store.purge(())
+    assert not holding(store.root, SECOND)
+
+
+def test_the_list_of_forgotten_classes_is_made_again_from_the_versions(store: Store) -> None:
+    edit(store, 4, Forget((SECOND,)))
+    edit(store, 5, Forget((FIRST,), purge=True))
+    purge(store, 6)
+    before, found = store.forgotten(), states(store)
+    (store._model / "forgotten.json").unlink()
+    with pytest.raises(DamagedError, match=r"forgotten\.json"):
+        store.load_model(1)
+    again = Store.open(store.root)
+    assert again.forgotten() == before
+    assert states(again) == found
 
 
 def test_forgetting_again_changes_nothing(store: Store) -> None:

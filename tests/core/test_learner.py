@@ -123,7 +123,6 @@ def test_classes_are_told_apart(backbone: Backbone, stream: list[Learned]) -> No
         "task-0", "task-0", "task-1", "task-1", "task-1", "task-2", "task-2",
     ]  # fmt: skip
     assert model.tasks == 3
-    assert model.columns_of("task-1") == [2, 3, 4]
     new = tiny.images([entry.label for entry in model.classes], 5, first=100)
     set_weights(backbone, model)
     with torch.inference_mode():
@@ -233,7 +232,7 @@ def test_what_is_kept_of_the_images_is_of_the_merged_model(
         backbone.module(backbone.normalise(train.pixels))
     with torch.inference_mode():
         features = backbone.module(backbone.normalise(torch.from_numpy(data.images)))
-    columns = learned.model.columns_of(f"task-{task}")
+    columns = [i for i, entry in enumerate(learned.model.classes) if entry.task == f"task-{task}"]
     for column, label in zip(columns, range(len(labels)), strict=True):
         mean = features[torch.from_numpy(data.labels) == label].mean(0).numpy()
         assert np.allclose(learned.model.class_means[column], mean, atol=1e-4)
@@ -656,8 +655,10 @@ def test_training_ends_when_held_out_images_get_no_better(
     assert steady.epochs_for(60) == 10
     assert len(learned.report.epoch_losses) == 1 + PATIENCE
     assert learned.report.settings["epochs"] == 10
+    assert learned.report.kept_epoch == 1
     given_epochs = learn(blank, backbone, data, config=steady, epochs=6)
     assert len(given_epochs.report.epoch_losses) == 6, "what was asked for is done"
+    assert given_epochs.report.kept_epoch == 6
 
 
 def test_the_best_epoch_is_kept() -> None:
@@ -667,7 +668,7 @@ def test_the_best_epoch_is_kept() -> None:
         parameter[0].data.fill_(value)
         ends.append(watch.over(loss, parameter))
     assert ends == [False, False, False, False, True]
-    watch.restore(parameter)
+    assert watch.restore(parameter) == 2
     assert parameter[0].tolist() == [1.0, 1.0]
 
 

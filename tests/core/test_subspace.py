@@ -168,7 +168,6 @@ def test_with_nothing_free_the_memory_stays_as_it_is() -> None:
     grown = memory.extend(moment_of(eye), 0.9, "code", "reach")
     assert grown.protected == 4
     assert grown.free == 0
-    assert torch.equal(memory.reject(torch.ones(3, 4, dtype=torch.float64)), torch.zeros(3, 4))
 
 
 @given(st.integers(0, 500), st.floats(0.5, 0.99), st.one_of(st.none(), st.integers(1, 20)))
@@ -295,7 +294,8 @@ def test_storing_a_memory_in_float32_keeps_what_is_protected(
     assert isinstance(stored, LayerState)
     read = GradientMemory.of(stored, torch.device("cpu"))
     before = basis[:, :protected] @ basis[:, :protected].mT
-    assert torch.allclose(read.directions @ read.directions.mT, before, atol=1e-5)
+    kept = read.basis[:, : read.protected]
+    assert torch.allclose(kept @ kept.mT, before, atol=1e-5)
     assert read.protected == protected
 
 

@@ -97,9 +97,22 @@ def test_an_alias_means_its_class(store: Store, tmp_path: Path) -> None:
     worker = worker_of(store)
     worker.edit("alias", ClassUpdate("blue", None, ("cyan",)), 2, Tracker())
     spool = tiny.write_spool(tmp_path / "mixed", ("white", "cyan", "blue"), 2)
-    data, _ = worker._decode(spool, worker._load(), worker._state(3), Tracker())
+    data, _, meant = worker._decode(spool, worker._load(), worker._state(3), Tracker())
     assert data.names == ("white", "blue")
+    assert meant == {"white": "white", "cyan": "blue", "blue": "blue"}
     assert data.labels.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_held_out_images_are_counted_under_the_name_they_came_with(
+    store: Store, tmp_path: Path
+) -> None:
+    worker = worker_of(store)
+    worker.edit("alias", ClassUpdate("blue", None, ("cyan",)), 2, Tracker())
+    spool = tiny.write_spool(tmp_path / "mixed", ("white", "cyan"), 8)
+    config = CONFIG.updated(held_out_share=0.25)
+    report = store.version(worker.learn("mixed", spool, config, 3, Tracker())).report
+    assert report is not None
+    assert report.held_out_counts == {"white": 2, "cyan": 2}
 
 
 def test_what_is_refused_or_given_up_leaves_nothing(store: Store) -> None:

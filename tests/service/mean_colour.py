@@ -84,7 +84,7 @@ def publish_colours(
     Of a class that is known already, the new colour replaces the old one.
     """
     before = store.load_model(parent)
-    new = [label for label in colours if before.position_of(label) is None]
+    new = [label for label in colours if position_of(before.classes, label) is None]
     classes = before.classes + new_classes(new, task)
     means = np.concatenate([before.class_means, np.zeros((len(new), 3))]).astype(np.float32)
     for label, colour in colours.items():

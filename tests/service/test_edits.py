@@ -503,6 +503,61 @@ async def test_a_purge_is_tried_until_the_disk_takes_it(
     await assert_purged(running, taught, by=5)
 
 
+async def test_what_waited_does_not_keep_a_purged_name(running: Running, script: Script) -> None:
+    """Neither a task that fails for it, nor one that is given up; one that teaches it anew does."""
+    await teach_secret(running)
+    script.hold("EXPORTING", "DECODING")
+    purge = await forget(running, SECRET, purge=True)
+    await script.reached("EXPORTING")
+    renaming = await update(running, SECRET, new_label="lime")
+    teaching = await running.learn({SECRET: [png(GREEN)]}, display_name=SECRET)
+    script.release("EXPORTING")
+    await published(running, purge)
+    failed = await running.ended(renaming.name)
+    assert failed.state == pb.TASK_STATE_FAILED
+    assert failed.error.message == "there is no class [forgotten]"
+    assert failed.update.label == "[forgotten]"
+    await script.reached("DECODING")
+    cancel = running.learner.CancelTask(learner_pb.CancelTaskRequest(name=teaching.name))
+    script.release("DECODING")
+    cancelled = (await cancel).task
+    assert cancelled.state == pb.TASK_STATE_CANCELLED
+    assert (cancelled.display_name, cancelled.classes[0].label) == ("[forgotten]", "[forgotten]")
+    assert not holding(running.settings.store, SECRET)
+    again = await published(running, await running.learn({SECRET: [png(GREEN)]}))
+    assert again.classes[0].label == SECRET
+
+
+async def test_a_version_that_is_purged_while_it_loads_is_said_to_be(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await teach_secret(running)
+    await published(running, await forget(running, SECRET))
+    loop, purging = asyncio.get_running_loop(), asyncio.Event()
+    loading, purged = threading.Event(), threading.Event()
+    purge, tensors = Store.purge, Store._tensors
+
+    def slow_purge(store: Store, keys: Any) -> None:
+        loop.call_soon_threadsafe(purging.set)
+        assert loading.wait(60)
+        purge(store, keys)
+        purged.set()
+
+    def slow_tensors(store: Store, version: Any, name: str) -> Any:
+        if version.number == 4 and purging.is_set():
+            loading.set()
+            assert purged.wait(60)
+        return tensors(store, version, name)
+
+    monkeypatch.setattr(Store, "purge", slow_purge)
+    monkeypatch.setattr(Store, "_tensors", slow_tensors)
+    task = await forget(running, SECRET, purge=True)
+    await purging.wait()
+    with fails(*STATE, field="version"):
+        await best(running, 4)
+    await published(running, task)
+
+
 async def test_a_purge_that_was_cut_off_is_finished_at_the_next_start(
     running: Running, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,7 +565,7 @@ async def test_a_purge_that_was_cut_off_is_finished_at_the_next_start(
     cut = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def fail(store: Store, number: int, version: object) -> None:
+    def fail(store: Store, number: int, version: object, purged: object) -> None:
         loop.call_soon_threadsafe(cut.set)
         raise OSError("the power is gone")
 

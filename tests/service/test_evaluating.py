@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2
 from inflora_core.config import Limits
 from inflora_core.predictor import Answers, Predictor
-from inflora_service.evaluating import BATCH
+from inflora_service.evaluating import BATCH, MOST_AT_ONCE
 from inflora_service.server import Settings
 from tests.service.conftest import BLUE, GREEN, RED, WHITE, Running, fails, png
 from tests.service.test_bad_input import IMAGE, IMAGES, INVALID, LABELS, LIMIT, NOT_FOUND, publish
@@ -404,3 +405,60 @@ async def test_a_call_that_is_given_up_leaves_the_turn_to_others(
         held.open.set()
         assert (await other).accuracy == 1
     assert held.most == 1
+
+
+async def test_no_more_run_at_once_than_there_is_memory_for(running: Running) -> None:
+    end = asyncio.Event()
+
+    async def idle() -> AsyncIterator[pb.EvaluateRequest]:
+        spec, first, last = messages([(png(RED), "red")], version=version(1))
+        yield spec
+        yield first
+        await end.wait()
+        yield last
+
+    calls = [running.evaluator.Evaluate(idle()) for _ in range(MOST_AT_ONCE + 1)]
+    done, waiting = await asyncio.wait(
+        [asyncio.ensure_future(anext_failure(call)) for call in calls],
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    assert len(done) == 1
+    with fails(*LIMIT):
+        raise done.pop().result()
+    end.set()
+    assert [await call for call in waiting] == [None] * MOST_AT_ONCE
+    assert (await evaluate(running, [(png(RED), "red")])).images == 1
+
+
+async def anext_failure(call: Any) -> Exception | None:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error
+    return None
+
+
+async def test_what_was_forgotten_meanwhile_is_not_named(running: Running) -> None:
+    forgotten = asyncio.Event()
+
+    async def requests() -> AsyncIterator[pb.EvaluateRequest]:
+        spec, first, last = messages([(png(RED), "red")])
+        yield spec
+        yield first
+        await forgotten.wait()
+        yield last
+
+    call = running.evaluator.Evaluate(requests())
+    task = await running.learner.ForgetClasses(learner_pb.ForgetClassesRequest(labels=["green"]))
+    await running.ended(task.task.name)
+    forgotten.set()
+    with fails("FAILED_PRECONDITION", "WRONG_STATE", field="version"):
+        await call
+    assert (await evaluate(running, [(png(RED), "red")])).accuracy == 1
+    # Of a version that knew it, and answers without it now.
+    found = await evaluate(running, [(png(RED), "red"), (png(GREEN), "green")], version=version(3))
+    assert (found.images, found.unknown_images, found.accuracy) == (1, 1, 1)
+    purge = learner_pb.ForgetClassesRequest(labels=["green"], purge=True)
+    await running.ended((await running.learner.ForgetClasses(purge)).task.name)
+    with fails("FAILED_PRECONDITION", "WRONG_STATE", field="spec.version"):
+        await evaluate(running, [(png(RED), "red")], version=version(3))

@@ -518,6 +518,7 @@ class TaskReport(_message.Message):
     TASKS_LEFT_FIELD_NUMBER: _builtins.int
     CLASS_BYTES_FIELD_NUMBER: _builtins.int
     SHARED_BYTES_FIELD_NUMBER: _builtins.int
+    KEPT_EPOCH_FIELD_NUMBER: _builtins.int
     leak: _builtins.float
     """Largest leak of any layer."""
     interference: _builtins.float
@@ -542,6 +543,10 @@ class TaskReport(_message.Message):
     """Bytes that each class adds to a version's state: head, statistics, novelty."""
     shared_bytes: _builtins.int
     """Bytes of statistics that all classes share."""
+    kept_epoch: _builtins.int
+    """The epoch, from 1, whose weights were kept: the last one, unless training ended early and went
+    back to the one that was best on the held-out images. 0 where there was nothing to train.
+    """
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerReport]:
         """One entry for each attention layer, first to last."""
@@ -586,10 +591,11 @@ class TaskReport(_message.Message):
         tasks_left: _builtins.float | None = ...,
         class_bytes: _builtins.int = ...,
         shared_bytes: _builtins.int = ...,
+        kept_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "_tasks_left", b"_tasks_left", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "parity", b"parity", "settings", b"settings", "tasks_left", b"tasks_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "_tasks_left", b"_tasks_left", "capacity", b"capacity", "class_bytes", b"class_bytes", "epoch_losses", b"epoch_losses", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "held_out_method", b"held_out_method", "interference", b"interference", "layers", b"layers", "leak", b"leak", "parity", b"parity", "settings", b"settings", "shared_bytes", b"shared_bytes", "stage_seconds", b"stage_seconds", "tasks_left", b"tasks_left", "temperature", b"temperature", "training_accuracy", b"training_accuracy", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "_tasks_left", b"_tasks_left", "capacity", b"capacity", "class_bytes", b"class_bytes", "epoch_losses", b"epoch_losses", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "held_out_method", b"held_out_method", "interference", b"interference", "kept_epoch", b"kept_epoch", "layers", b"layers", "leak", b"leak", "parity", b"parity", "settings", b"settings", "shared_bytes", b"shared_bytes", "stage_seconds", b"stage_seconds", "tasks_left", b"tasks_left", "temperature", b"temperature", "training_accuracy", b"training_accuracy", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__held_out_accuracy: _TypeAlias = _typing.Literal["held_out_accuracy"]  # noqa: Y015
     _WhichOneofArgType__held_out_accuracy: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy"]  # noqa: Y015
