@@ -7,6 +7,8 @@ import os
 import uuid
 from pathlib import Path
 
+from inflora_core import failpoints
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DAMAGED = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
@@ -40,11 +42,14 @@ def replace(path: Path, data: bytes) -> None:
     """Give ``path`` the content ``data``, whole or not at all."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        failpoints.reach("replace.write")
         write(draft, data)
+        failpoints.reach("replace.rename")
         os.replace(draft, path)
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+    failpoints.reach("replace.renamed")
     sync_folder(path.parent)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from inflora_core import durable
+from inflora_core import durable, failpoints
 from inflora_core.errors import DamagedError
 
 
@@ -46,6 +46,7 @@ class SpoolWriter:
 
     def __init__(self, folder: Path) -> None:
         """Make ``folder``, which must not exist."""
+        failpoints.reach("spool.create")
         folder.mkdir(parents=True)
         self.folder = folder
         self.count = 0
@@ -79,6 +80,7 @@ class SpoolWriter:
         sha256 = hashlib.sha256(image).hexdigest()
         row = {"label": label, "offset": self.size, "size": len(image), "sha256": sha256}
         line = json.dumps(row, ensure_ascii=False)
+        failpoints.reach("spool.write")
         self._images.write(image)
         self._index.write(line + "\n")
         _extend(self._digest, label, sha256)
@@ -90,12 +92,14 @@ class SpoolWriter:
         """Seal the spool and flush it to the disk; from now on a power cut loses nothing."""
         seal = {"examples": self.count, "sha256": self._digest.hexdigest()}
         self._index.write(json.dumps(seal) + "\n")
+        failpoints.reach("spool.sync")
         for file in (self._images, self._index):
             file.flush()
             os.fsync(file.fileno())
         for folder in (self.folder, self.folder.parent):
             durable.sync_folder(folder)
         self._finished = True
+        failpoints.reach("spool.synced")
         return SpoolSummary(
             tuple(self._counts), tuple(self._counts.values()), self.size, self._digest.hexdigest()
         )

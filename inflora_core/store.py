@@ -48,7 +48,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, load_file, save
 
-from inflora_core import durable, edits
+from inflora_core import durable, edits, failpoints
 from inflora_core.errors import (
     DamagedError,
     InvalidInputError,
@@ -315,7 +315,9 @@ class Store:
     def set_current(self, number: int) -> None:
         """Make version ``number`` current. The caller has verified it."""
         self.version(number)
+        failpoints.reach("pointer.replace")
         durable.replace(self._model / "CURRENT", f"{number}\n".encode())
+        failpoints.reach("pointer.replaced")
 
     def verify(self, number: int) -> Version:
         """Return the manifest after checking size and sha256 of every file that is used.
@@ -594,7 +596,9 @@ class Store:
     def _remember(self, forgotten: Forgotten) -> None:
         keys, purged = sorted(forgotten.keys), sorted(forgotten.purged)
         content = {"forgotten": keys, "purged": purged, "sha256": _forgotten_sum(keys, purged)}
+        failpoints.reach("forgotten.replace")
         durable.replace(self._forgotten, json.dumps(content, indent=1).encode() + b"\n")
+        failpoints.reach("forgotten.replaced")
 
     def _recover_forgotten(self) -> None:
         """Write the list of forgotten classes anew, as far as the manifests tell, if it is gone.
@@ -649,8 +653,10 @@ class Store:
         durable.replace(folder / _MANIFEST_SUM, _manifest_sum((folder / _MANIFEST).read_bytes()))
         # Also what an interrupted writer left: it may be a copy.
         for path in (*(folder / name for name in _PURGED), *folder.glob(".*")):
+            failpoints.reach("purge.delete")
             path.unlink(missing_ok=True)
         durable.sync_folder(folder)
+        failpoints.reach("purge.deleted")
 
     def _check_usable(self, version: Version) -> None:
         """Refuse a version that can answer nothing any more."""
@@ -694,16 +700,21 @@ class Store:
         draft.mkdir()
         try:
             for name, data in files.items():
+                failpoints.reach("draft.write")
                 durable.write(draft / name, data)
             durable.write(draft / _MANIFEST, manifest)
             durable.write(draft / _MANIFEST_SUM, _manifest_sum(manifest))
+            failpoints.reach("draft.sync")
             durable.sync_folder(draft)
+            failpoints.reach("draft.rename")
             os.rename(draft, final)
         except OSError:
             # Half a draft on a full disk would keep it full.
             shutil.rmtree(draft, ignore_errors=True)
             raise
+        failpoints.reach("draft.renamed")
         durable.sync_folder(final.parent)
+        failpoints.reach("draft.published")
 
 
 def initial_layer(qkv_weight: Array) -> LayerState:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from inflora_core import durable, failpoints
 from inflora_core.errors import (
     DamagedError,
     LimitExceededError,
@@ -110,10 +111,13 @@ class TaskRecords:
             LimitExceededError: the disk is full.
             UnavailableError: the disk cannot be used.
         """
+        with self._translated():
+            failpoints.reach("accept.insert")
         self._execute(
             "INSERT INTO tasks (id, request_id, state, record) VALUES (?, ?, ?, ?)",
             (task.id, task.request_id, task.state.value, _encode(Snapshot(task))),
         )
+        failpoints.reach("accept.inserted")
 
     def update(self, snapshot: Snapshot) -> None:
         """Replace the record of a task, durably.
@@ -122,10 +126,13 @@ class TaskRecords:
             LimitExceededError: the disk is full.
             UnavailableError: the disk cannot be used.
         """
+        with self._translated():
+            failpoints.reach("record.update")
         self._execute(
             "UPDATE tasks SET state = ?, record = ? WHERE id = ?",
             (snapshot.task.state.value, _encode(snapshot), snapshot.task.id),
         )
+        failpoints.reach("record.updated")
 
     def get(self, task: str) -> Snapshot:
         """Return the record of a task.
@@ -225,6 +232,9 @@ class TaskRecords:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 raise LimitExceededError("the server's disk is full; retry later") from error
             raise UnavailableError(f"the task records cannot be used: {error}") from error
+        except OSError as error:
+            kind = LimitExceededError if durable.is_full(error) else UnavailableError
+            raise kind(f"the task records cannot be written: {error}") from error
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.IntegrityError):
                 raise

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from inflora_core import edits
+from inflora_core import edits, failpoints
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import (
     CancelledError,
@@ -483,7 +483,9 @@ class TaskQueue:
 
     def _remove_spool(self, task: str) -> None:
         try:
+            failpoints.reach("spool.delete")
             shutil.rmtree(self._spools / task)
+            failpoints.reach("spool.deleted")
         except FileNotFoundError:
             pass
         except OSError as error:
