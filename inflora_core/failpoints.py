@@ -1,7 +1,7 @@
 """Named places around every durable step, where a test can have the process fail. No torch.
 
-A place does nothing unless the environment variable ``INFLORA_FAILPOINTS`` names it when the process
-starts:
+A place does nothing unless the environment variable ``INFLORA_FAILPOINTS`` names it when the
+process starts:
 
     INFLORA_FAILPOINTS="draft.rename=kill@3, record.update=ENOSPC*2"
 

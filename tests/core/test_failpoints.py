@@ -30,6 +30,7 @@ for number in range(5):
 def run(path: Path, value: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", WRITE, path],
+        check=False,
         env=os.environ | {VARIABLE: value},
         capture_output=True,
         text=True,
