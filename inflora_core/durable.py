@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import uuid
@@ -51,6 +52,31 @@ def replace(path: Path, data: bytes) -> None:
         raise
     failpoints.reach("replace.renamed")
     sync_folder(path.parent)
+
+
+def append(path: Path, data: bytes, at: int) -> None:
+    """Add ``data`` at position ``at``, the end of the file, and flush it: all of it or nothing.
+
+    What lies behind ``at`` was left by an append that failed, and goes.
+    """
+    new = not path.exists()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.ftruncate(descriptor, at)
+        try:
+            written = 0
+            while written < len(data):
+                written += os.pwrite(descriptor, data[written:], at + written)
+            os.fsync(descriptor)
+        except OSError:
+            # Half of it on a full disk would look like something that a power cut has torn.
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, at)
+            raise
+    finally:
+        os.close(descriptor)
+    if new:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

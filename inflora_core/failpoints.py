@@ -42,6 +42,10 @@ POINTS = frozenset(
         "purge.deleted",
         "spool.delete",
         "spool.deleted",
+        # The server: what it reports.
+        "audit.append",
+        "audit.appended",
+        "audit.torn",
         # The worker: a version.
         "draft.write",
         "draft.sync",

@@ -225,6 +225,8 @@ class Task:
     withheld: tuple[str, ...] = ()
     """Names of purged classes that it mentions. They are taken out when it ends, unless what it
     makes is a version: then it taught, or named, something else so."""
+    who: str = ""
+    """Who sent it, as the audit log has it; "" for one that an older release accepted."""
 
     def withholding(self, names: Collection[str]) -> Task:
         """Return the record with those of ``names`` that it mentions among the withheld."""

@@ -1,6 +1,7 @@
 """Immutable versions in a directory. No torch.
 
     FORMAT                               the store's format number
+    audit.jsonl                          what was done, and by whom; see ``audit``
     backbones/{sha256}/                  the frozen backbone, once per store
         weights.safetensors              float32; its metadata holds the configuration
         template.onnx                    the graph that every version's file is made from
@@ -161,9 +162,28 @@ class Store:
                 )
             path.mkdir(parents=True, exist_ok=True)
             durable.replace(marker, json.dumps({"format": FORMAT}).encode() + b"\n")
+        store = cls.existing(path)
+        for folder in (store._versions, store._drafts, path / "backbones"):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not store._forgotten.exists():
+            store.recover_forgotten()
+        return store
+
+    @classmethod
+    def existing(cls, root: str | os.PathLike[str]) -> Store:
+        """Return the store at ``root`` as it is, to be looked at: nothing is changed on the disk.
+
+        Raises:
+            NotFoundError: there is none.
+            DamagedError: its format cannot be read.
+            StoreFormatError: another release wrote it.
+        """
+        path, marker = Path(root), Path(root) / "FORMAT"
         try:
-            number = int(json.loads(marker.read_text())["format"])
-        except (ValueError, KeyError, TypeError) as error:
+            number = int(json.loads(marker.read_bytes())["format"])
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{path} has no FORMAT file, so it is not a store") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(f"{marker} cannot be read: {error}") from error
         if number > FORMAT:
             raise StoreFormatError(
@@ -174,12 +194,7 @@ class Store:
             raise StoreFormatError(
                 f"{path} has store format {number}, which no release ever wrote: begin a new store"
             )
-        store = cls(path)
-        for folder in (store._versions, store._drafts, path / "backbones"):
-            folder.mkdir(parents=True, exist_ok=True)
-        if not store._forgotten.exists():
-            store._recover_forgotten()
-        return store
+        return cls(path)
 
     def clear_drafts(self) -> None:
         """Remove what an interrupted writer left. Only the one writer may call this."""
@@ -290,6 +305,51 @@ class Store:
         except ValidationError as error:
             raise DamagedError(f"{folder / _MANIFEST} cannot be read: {error}") from error
 
+    def manifest(self, number: int) -> Version:
+        """Return the manifest as it is on the disk, forgotten classes among the others.
+
+        To check the store by; whoever answers, teaches or lists takes ``version``.
+
+        Raises:
+            NotFoundError: there is no such version.
+            DamagedError: it cannot be read.
+        """
+        return self._manifest(number)
+
+    def ancestors(self, number: int, known: Mapping[int, int | None] | None = None) -> list[int]:
+        """Return what version ``number`` was made from, its parent first, as far as can be told.
+
+        Args:
+            number: A version, which may be gone.
+            known: Parents of versions, for those whose manifests cannot be read.
+        """
+        lineage: list[int] = []
+        parent: int | None = number
+        while parent is not None:
+            child = parent
+            try:
+                parent = self._manifest(child).parent
+            except (DamagedError, NotFoundError):
+                parent = (known or {}).get(child)
+            if parent is not None and parent >= child:
+                break  # no version was ever made from a later one
+            if parent is not None:
+                lineage.append(parent)
+        return lineage
+
+    def damage(self, version: Version) -> Iterator[tuple[FileEntry, DamagedError]]:
+        """Yield the files of a version that it needs and that are not what they were.
+
+        Args:
+            version: As ``version`` returned it; what is withheld is not needed.
+        """
+        for entry in version.files:
+            if entry.name not in _unneeded(version):
+                try:
+                    _check(self._folder(version.number), entry)
+                except DamagedError as error:
+                    yield entry, error
+
     def version_of_task(self, task: str) -> int | None:
         """Return the version that ``task`` made, or None. A task makes at most one.
 
@@ -329,9 +389,8 @@ class Store:
         """
         version = self.version(number)
         self._check_usable(version)
-        for entry in version.files:
-            if version.state is VersionState.WHOLE or entry.name != ONNX_FILE:
-                _check(self._folder(number), entry)
+        for _, error in self.damage(version):
+            raise error
         return version
 
     def path(self, number: int, name: str) -> Path:
@@ -572,6 +631,15 @@ class Store:
                 if not self._is_purged(number, version, wanted.purged):
                     self._purge_version(number, version, wanted.purged)
 
+    def unpurged(self) -> list[int]:
+        """Return the versions in which a purge left something, as far as manifests can be read."""
+        purged = self.forgotten().purged
+        return [
+            number
+            for number, version in self._manifests()
+            if not self._is_purged(number, version, purged)
+        ]
+
     def names_of(self, keys: Collection[str]) -> frozenset[str]:
         """Return what classes are, or once were, called, without names of classes of now."""
         names: set[str] = set()
@@ -600,10 +668,14 @@ class Store:
         durable.replace(self._forgotten, json.dumps(content, indent=1).encode() + b"\n")
         failpoints.reach("forgotten.replaced")
 
-    def _recover_forgotten(self) -> None:
-        """Write the list of forgotten classes anew, as far as the manifests tell, if it is gone.
+    def recover_forgotten(self, also: Forgotten | None = None) -> None:
+        """Write the list of forgotten classes anew, as far as the manifests tell.
 
-        A new store has an empty one. Without it, every class ever forgotten would be back.
+        A new store has an empty one. Without it, every class ever forgotten would be back. Only the
+        one process that promotes may call this, where the list is lost or damaged.
+
+        Args:
+            also: What others than the manifests know of.
         """
         versions = [version for _, version in self._manifests()]
         keys = {key for version in versions for key in version.forgets}
@@ -612,7 +684,9 @@ class Store:
         }
         if keys:
             log.warning("%s was lost, and is made again from the versions", self._forgotten)
-        self._remember(Forgotten(frozenset(keys | marked), frozenset(marked)))
+        more = also or Forgotten()
+        purged = more.purged | marked
+        self._remember(Forgotten(more.keys | keys | purged, purged))
 
     def _manifests(self) -> Iterator[tuple[int, Version]]:
         """Yield the manifests that can be read, as they are on the disk."""
@@ -747,6 +821,12 @@ def _withheld(version: Version) -> tuple[str, ...]:
         case VersionState.PURGED:
             return _PURGED
     return ()
+
+
+def _unneeded(version: Version) -> tuple[str, ...]:
+    """Return the files of a version that it can do without."""
+    # What a REDUCED one answers with is made in memory, of its head among others.
+    return (ONNX_FILE,) if version.state is VersionState.REDUCED else _withheld(version)
 
 
 def _dump(version: Version) -> bytes:

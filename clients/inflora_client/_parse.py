@@ -139,6 +139,7 @@ def version(message: model_service_pb2.Version) -> resources.Version:
         artifacts=tuple(artifact(a) for a in message.artifacts),
         provider=message.provider,
         purged=message.purged,
+        stand_in=message.stand_in,
     )
 
 

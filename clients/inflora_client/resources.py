@@ -357,6 +357,7 @@ class Version:
         artifacts: Its files, without those that hold a class forgotten since.
         provider: Execution provider that runs it; empty when not loaded.
         purged: Whether its data were deleted with a class that was purged.
+        stand_in: Whether it answers in place of the version that is current, which is damaged.
     """
 
     name: str
@@ -368,6 +369,7 @@ class Version:
     artifacts: tuple[Artifact, ...]
     provider: str
     purged: bool = False
+    stand_in: bool = False
 
     @property
     def number(self) -> int:

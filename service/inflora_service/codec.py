@@ -237,7 +237,12 @@ def encode_task(snapshot: Snapshot, *, report: bool = True) -> pb.Task:
 
 
 def encode_version(
-    version: Version, artifacts: Iterable[FileEntry], *, current: bool, provider: str
+    version: Version,
+    artifacts: Iterable[FileEntry],
+    *,
+    current: bool,
+    provider: str,
+    stand_in: bool = False,
 ) -> model_pb.Version:
     """Return a version as clients see it.
 
@@ -246,6 +251,7 @@ def encode_version(
         artifacts: Its files that are handed out.
         current: Whether it answers calls that name no version.
         provider: What runs it, "" when it is not loaded.
+        stand_in: Whether it answers in place of the current version, which is damaged.
     """
     return model_pb.Version(
         name=version_name(version.number),
@@ -262,6 +268,7 @@ def encode_version(
         artifacts=[encode_artifact(entry) for entry in artifacts],
         provider=provider,
         purged=version.state is VersionState.PURGED,
+        stand_in=stand_in,
     )
 
 

@@ -9,6 +9,7 @@ from inflora.v1 import learner_service_pb2 as pb
 from inflora.v1 import learner_service_pb2_grpc
 from inflora_core.config import LearnConfig, Limits
 from inflora_service import codec, names, receiving
+from inflora_service.auditing import caller
 from inflora_service.errors import Context, fields_under
 from inflora_service.tasks import TaskQueue
 
@@ -30,21 +31,21 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             request = codec.decode_spec(first.spec, self._config)
         async with await self._tasks.upload(request) as upload:
             await receiving.receive(request_iterator, upload, self._limits)
-            task = await self._tasks.accept(upload)
+            task = await self._tasks.accept(upload, caller(context))
         return pb.LearnTaskResponse(task=codec.encode_task(await self._tasks.get(task.id)))
 
     async def ForgetClasses(
         self, request: pb.ForgetClassesRequest, context: Context
     ) -> pb.ForgetClassesResponse:
         """Queue a task that forgets classes."""
-        task = await self._tasks.edit(codec.decode_forget(request, self._limits))
+        task = await self._tasks.edit(codec.decode_forget(request, self._limits), caller(context))
         return pb.ForgetClassesResponse(task=codec.encode_task(await self._tasks.get(task.id)))
 
     async def UpdateClass(
         self, request: pb.UpdateClassRequest, context: Context
     ) -> pb.UpdateClassResponse:
         """Queue a task that changes what a class is called."""
-        task = await self._tasks.edit(codec.decode_update(request, self._limits))
+        task = await self._tasks.edit(codec.decode_update(request, self._limits), caller(context))
         return pb.UpdateClassResponse(task=codec.encode_task(await self._tasks.get(task.id)))
 
     async def WatchTask(
@@ -77,5 +78,6 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         self, request: pb.CancelTaskRequest, context: Context
     ) -> pb.CancelTaskResponse:
         """Give a task up."""
-        snapshot = await self._tasks.cancel(names.parse_task(request.name, field="name"))
+        task = names.parse_task(request.name, field="name")
+        snapshot = await self._tasks.cancel(task, caller(context))
         return pb.CancelTaskResponse(task=codec.encode_task(snapshot))

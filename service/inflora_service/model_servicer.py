@@ -15,6 +15,7 @@ from inflora_core.model import Version
 from inflora_core.store import ONNX_FILE, Store
 from inflora_service import codec, names
 from inflora_service.artifacts import read_artifact
+from inflora_service.auditing import caller
 from inflora_service.errors import Context
 from inflora_service.serving import ModelHost
 
@@ -50,7 +51,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> pb.PromoteVersionResponse:
         """Make a version current."""
         number = names.parse_version(request.name, field="name")
-        version = await self._host.promote(number)
+        version = await self._host.promote(number, caller(context))
         return pb.PromoteVersionResponse(version=self._encode(version))
 
     async def DownloadArtifact(
@@ -88,6 +89,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     async def _version(self, name: str) -> Version:
         number = names.parse_version_or_current(name, field="name")
         if number is None:
+            number = self._host.stand_in
+        if number is None:
             number = await asyncio.to_thread(self._store.current)
         if number is None:
             raise NotFoundError("no version is published yet", field="name")
@@ -99,4 +102,5 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             self._store.artifacts(version),
             current=self._host.is_current(version.number),
             provider=self._host.provider(version.number),
+            stand_in=version.number == self._host.stand_in,
         )

@@ -9,6 +9,8 @@ by. All methods block: call them through ``asyncio.to_thread``.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import sqlite3
 import threading
@@ -44,6 +46,17 @@ class Snapshot:
 
 
 _SNAPSHOT = TypeAdapter(Snapshot)
+
+
+def content_hash(content: Any) -> str:
+    """Return the hash of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def task_content(display_name: str, settings: dict[str, Any], spool_sha256: str) -> str:
+    """Return ``Task.content_sha256`` of a task that learns: equal for equal requests."""
+    return content_hash([display_name, settings, spool_sha256])
+
 
 _SCHEMA = f"""
     CREATE TABLE IF NOT EXISTS tasks (
@@ -119,6 +132,15 @@ class TaskRecords:
         )
         failpoints.reach("accept.inserted")
 
+    def delete(self, task: str) -> None:
+        """Remove the record of a task that nobody was told of, durably; none is no error.
+
+        Raises:
+            LimitExceededError: the disk is full.
+            UnavailableError: the disk cannot be used.
+        """
+        self._execute("DELETE FROM tasks WHERE id = ?", (task,))
+
     def update(self, snapshot: Snapshot) -> None:
         """Replace the record of a task, durably.
 
@@ -144,6 +166,18 @@ class TaskRecords:
         if not rows:
             raise NotFoundError(f"there is no task {task!r}", field="name")
         return self._decode(rows[0][0])
+
+    def states(self) -> list[tuple[str, TaskState]]:
+        """Return id and state of every task, in the order of their arrival.
+
+        Raises:
+            DamagedError: the file is not what SQLite wrote.
+        """
+        rows = self._execute("SELECT id, state FROM tasks ORDER BY seq", ())
+        try:
+            return [(task, TaskState(state)) for task, state in rows]
+        except ValueError as error:
+            raise DamagedError(f"{self._path} cannot be read: {error}") from error
 
     def by_request_id(self, request_id: str) -> Task | None:
         """Return the task that was made under ``request_id`` (not ""), or None."""

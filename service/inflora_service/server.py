@@ -28,11 +28,13 @@ from inflora.v1 import (
     predictor_service_pb2,
     predictor_service_pb2_grpc,
 )
+from inflora_core.audit import AuditLog, History
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import UnavailableError
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.store import Store
 from inflora_service import backbone_source
+from inflora_service.auditing import AuditTrail
 from inflora_service.backbone_source import BackboneSource
 from inflora_service.codec import receive_bytes
 from inflora_service.errors import ErrorInterceptor
@@ -54,7 +56,9 @@ LEARNER = learner_service_pb2.DESCRIPTOR.services_by_name["LearnerService"].full
 PREDICTOR = predictor_service_pb2.DESCRIPTOR.services_by_name["PredictorService"].full_name
 EVALUATOR = evaluator_service_pb2.DESCRIPTOR.services_by_name["EvaluatorService"].full_name
 MODEL = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
-"""Names under which health is asked for; ``SERVER`` is the server as a whole."""
+CURRENT = f"{MODEL}/current"
+"""Names under which health is asked for; ``SERVER`` is the server as a whole. ``CURRENT`` alone is
+not serving while another version answers in place of the current one."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,17 @@ class Server:
         server, address = self._bind()
         records = await asyncio.to_thread(TaskRecords, store.root)
         undo.callback(records.close)
+        audit = AuditTrail(await asyncio.to_thread(AuditLog, store.root), store, records)
+        undo.callback(audit.note_head)
 
         options = RuntimeOptions(settings.predict_threads, settings.provider)
         host = ModelHost(
-            store, options, settings.limits, on_serving=lambda: self._set_answering(True)
+            store,
+            options,
+            settings.limits,
+            audit,
+            on_serving=lambda: self._set_answering(True),
+            on_sound=lambda sound: self._set_health(CURRENT, sound),
         )
         undo.callback(host.close)
         evaluator = Evaluator(host, settings.limits)
@@ -151,7 +162,7 @@ class Server:
             keep_open=[lock.descriptor],
             on_health=lambda healthy: self._set_health(LEARNER, healthy),
         )
-        tasks = TaskQueue(store, records, host, learner, settings.learn, settings.limits)
+        tasks = TaskQueue(store, records, host, audit, learner, settings.learn, settings.limits)
         self.host, self.tasks = host, tasks
         undo.callback(tasks.close)
         undo.push_async_callback(server.stop, settings.drain_seconds)
@@ -162,7 +173,8 @@ class Server:
             learner.start()
             await self._make_backbone(store, learner)
         else:
-            await asyncio.to_thread(self._check_backbone, store)
+            await asyncio.to_thread(self._check_backbone, store, audit.history)
+        await audit.begin()
         for service in (SERVER, MODEL, LEARNER):
             self._set_health(service, True)
         self._set_answering(False)
@@ -213,16 +225,17 @@ class Server:
         await asyncio.to_thread(backbone_source.remember, store.root, asked)
         await learner.prepare(asked.source, asked.architecture)
 
-    def _check_backbone(self, store: Store) -> None:
+    def _check_backbone(self, store: Store, history: History) -> None:
         """See that the store's backbone is sound, and the one asked for if one is.
 
-        And the list of forgotten classes, without which nothing could be loaded. A purge may have
-        passed over a version whose manifest is sound again: it is finished.
+        And the list of forgotten classes, without which nothing could be loaded: what the audit log
+        says was forgotten stays so, should the list have been lost. A purge may have passed over a
+        version whose manifest is sound again: it is finished.
         """
         store.backbone()
-        store.forgotten()
+        store.forget(history.forgotten)
         try:
-            store.purge(())
+            store.purge(history.purged)
         except OSError as error:
             log.warning("what a purge left behind stays until the next start: %s", error)
         if self._settings.backbone is not None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from inflora_core.audit import SERVER
 from inflora_core.config import Limits
 from inflora_core.errors import (
     DamagedError,
@@ -27,6 +28,7 @@ from inflora_core.model import Version, VersionState
 from inflora_core.predictor import Floats, Predictor, RuntimeOptions, processors, top_classes
 from inflora_core.store import ONNX_FILE, Store
 from inflora_service.aio import map_threads, unbroken
+from inflora_service.auditing import AuditTrail
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,9 @@ class ModelHost:
         store: Where versions are.
         options: How onnxruntime runs them.
         limits: What images are refused.
+        audit: Is told which version is current, and what is forgotten.
         on_serving: Told once a version can answer.
+        on_sound: Told whether the current version is what answers, or there is none yet.
     """
 
     def __init__(
@@ -82,13 +86,17 @@ class ModelHost:
         store: Store,
         options: RuntimeOptions,
         limits: Limits,
+        audit: AuditTrail,
         *,
         on_serving: Callable[[], None] = lambda: None,
+        on_sound: Callable[[bool], None] = lambda sound: None,
     ) -> None:
         self._store = store
         self._options = options
         self._limits = limits
+        self._audit = audit
         self._on_serving = on_serving
+        self._on_sound = on_sound
         self._current: Loaded | None = None
         self._fault: DamagedError | None = None
         self._sound = asyncio.Event()
@@ -107,13 +115,15 @@ class ModelHost:
     async def start(self) -> None:
         """Load the current version, if there is one.
 
-        A damaged one does not keep the server from starting: another can be promoted then.
+        A damaged one does not keep the server from starting: its newest ancestor that can answers
+        in its place, and another can be promoted. ``CURRENT`` stays as it is, for the files may be
+        restored.
 
         Raises:
             UnavailableError: the execution provider that was asked for does not work.
         """
         try:
-            number = await asyncio.to_thread(self._store.current)
+            number = await asyncio.to_thread(self._pointer)
             if number is not None:
                 self._current = await self._get(number)
                 self._on_serving()
@@ -123,6 +133,46 @@ class ModelHost:
             self._fault = DamagedError(
                 f"the current version is damaged, and another has to be promoted: {error.message}"
             )
+            await self._fall_back(error)
+        self._on_sound(self._fault is None)
+
+    def _pointer(self) -> int | None:
+        """Return the number of the current version.
+
+        Raises:
+            DamagedError: the pointer to it is damaged, or gone, after which what is taught next
+                would begin anew.
+        """
+        number, reported = self._store.current(), self._audit.history.current
+        if number is None and reported:
+            raise DamagedError(f"CURRENT is lost; the audit log says that it was {reported[-1]}")
+        return number
+
+    async def _fall_back(self, fault: InfloraError) -> None:
+        """Have the newest ancestor of the damaged current version answer that can."""
+        history = self._audit.history
+        lineage: list[int] = []
+        current = await asyncio.to_thread(self._before)
+        if current is None:
+            if not history.current:
+                return
+            current = history.current[-1]
+            lineage.append(current)  # the pointer to it is damaged, the version need not be
+        lineage += await asyncio.to_thread(self._store.ancestors, current, history.parents)
+        for number in lineage:
+            try:
+                version = await asyncio.to_thread(self._store.version, number)
+                if _may_stand_in(version):
+                    self._current = await self._get(number)
+                    break
+            except (DamagedError, NotFoundError, StateError) as error:
+                log.warning("version %d cannot answer either: %s", number, error)
+        else:
+            log.critical("no ancestor of version %d can answer", current)
+            return
+        log.critical("version %d answers in place of version %d", number, current)
+        await self._audit.fell_back(current, number, fault.reason)
+        self._on_serving()
 
     def close(self) -> None:
         """Let the threads go once they are idle."""
@@ -132,7 +182,7 @@ class ModelHost:
 
     @property
     def current(self) -> Version | None:
-        """The current version, None before the first.
+        """The current version, which is built upon; None before the first.
 
         Raises:
             DamagedError: there is one, but it cannot be loaded.
@@ -153,6 +203,13 @@ class ModelHost:
         """Whether version ``number`` answers calls that name none."""
         return self._current is not None and self._current.version.number == number
 
+    @property
+    def stand_in(self) -> int | None:
+        """Number of the version that answers in place of a damaged current one."""
+        if self._fault is None or self._current is None:
+            return None
+        return self._current.version.number
+
     def provider(self, number: int) -> str:
         """Return the execution provider that runs version ``number``, "" if it is not loaded."""
         if self._current is not None and self.is_current(number):
@@ -160,17 +217,21 @@ class ModelHost:
         loaded = self._pinned.get(number)
         return loaded.predictor.provider if loaded else ""
 
-    async def promote(self, number: int) -> Version:
+    async def promote(self, number: int, who: str) -> Version:
         """Make version ``number`` current once it is loaded and warm.
 
         What it forgets is forgotten from then on, in all versions.
+
+        Args:
+            number: The version.
+            who: Who asked for it, for the audit log.
 
         Raises:
             NotFoundError: there is no such version.
             StateError: it can answer nothing any more, because of what was forgotten.
             DamagedError: a file of it is damaged. The current version stays.
         """
-        return await unbroken(self._promote(number))
+        return await unbroken(self._promote(number, who))
 
     async def purge(self, number: int) -> None:
         """Delete the data of all versions that know what version ``number`` forgets.
@@ -182,13 +243,13 @@ class ModelHost:
         """
         await unbroken(self._purge(number))
 
-    async def _promote(self, number: int) -> Version:
+    async def _promote(self, number: int, who: str) -> Version:
         async with self._swap:
-            return await self._swap_to(number)
+            return await self._swap_to(number, who)
 
     async def _purge(self, number: int) -> None:
         async with self._swap:
-            version = await self._swap_to(number)
+            version = await self._swap_to(number, SERVER)
             self._settled.clear()
             try:
                 await asyncio.to_thread(self._store.purge, version.forgets)
@@ -198,14 +259,18 @@ class ModelHost:
                 if self._current is not None:
                     self._current = replace(self._current, generation=self._generation)
                 self._settled.set()
+            await self._audit.purged(version)
 
-    async def _swap_to(self, number: int) -> Version:
+    async def _swap_to(self, number: int, who: str) -> Version:
         loaded = await self._get(number)
         if loaded.version.forgets:
             # First, so that whatever happens none of them is back after the new version was seen.
             await asyncio.to_thread(self._store.forget, loaded.version.forgets)
-        if not self.is_current(number):
+            await self._audit.forgotten(loaded.version)
+        if not self.is_current(number) or self.stand_in is not None:
+            before = await asyncio.to_thread(self._before)
             await asyncio.to_thread(self._store.set_current, number)
+            await self._audit.moved(before, loaded.version, who)
             log.info("version %d is current", number)
         self._pinned.pop(number, None)
         if loaded.version.forgets:
@@ -214,7 +279,15 @@ class ModelHost:
         self._current, self._fault = replace(loaded, generation=self._generation), None
         self._sound.set()
         self._on_serving()
+        self._on_sound(True)
         return loaded.version
+
+    def _before(self) -> int | None:
+        """Return the number of the current version, None if none can be told."""
+        try:
+            return self._store.current()
+        except DamagedError:
+            return None
 
     def _drop_pinned(self) -> None:
         """Let go of versions that were, or are being, loaded with classes forgotten since."""
@@ -270,6 +343,8 @@ class ModelHost:
     async def answering(self, number: int | None) -> Loaded:
         """Return version ``number``, or the current one; it is usable as long as it is held.
 
+        In place of a current one that is damaged, it is what stands in.
+
         Raises:
             StateError: no version is published.
             NotFoundError: there is no such version.
@@ -277,9 +352,9 @@ class ModelHost:
         """
         if number is not None:
             return await self._get(number)
-        if self._fault is not None:
-            raise self._fault
         if self._current is None:
+            if self._fault is not None:
+                raise self._fault
             raise StateError("no version is published yet: teach the model a task first")
         return self._current
 
@@ -356,3 +431,8 @@ class ModelHost:
                 log.warning("version %d cannot be rebuilt: %s", number, cause)
                 raise error from cause
         return self._store.verify(number)
+
+
+def _may_stand_in(version: Version) -> bool:
+    """Whether a version may answer in place of a damaged current one that was made from it."""
+    return version.state is not VersionState.PURGED and bool(version.classes)

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import logging
 import secrets
 import shutil
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from inflora_core import edits, failpoints
+from inflora_core.audit import SERVER
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import (
     CancelledError,
@@ -46,13 +45,16 @@ from inflora_core.predictor import processors
 from inflora_core.spool import SpoolSummary
 from inflora_core.store import Store
 from inflora_service.aio import unbroken
+from inflora_service.auditing import AuditTrail
 from inflora_service.errors import from_exception
 from inflora_service.learner_process import LearnerProcess
-from inflora_service.records import Snapshot, TaskRecords
+from inflora_service.records import Snapshot, TaskRecords, content_hash, task_content
 from inflora_service.serving import ModelHost
 from inflora_service.uploads import TaskRequest, Upload
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RETRY_SECONDS = 2.0
 """Between attempts to write a record that the disk does not take."""
@@ -66,12 +68,14 @@ class _Live:
         task: Its record, as it is on the disk.
         progress: The last one that the learner reported.
         cancelling: Somebody asked for it to be given up.
+        cancelled_by: Who did.
         changed: Set at the next change, and replaced by another event then.
     """
 
     task: Task
     progress: Progress | None = None
     cancelling: bool = False
+    cancelled_by: str = SERVER
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -112,6 +116,7 @@ class TaskQueue:
         store: Where versions are; spools are in its folder ``spool``.
         records: The tasks.
         host: Publishes versions.
+        audit: Is told what becomes of tasks.
         learner: Learns tasks.
         config: Settings of tasks that ask for none.
         limits: What is refused.
@@ -122,6 +127,7 @@ class TaskQueue:
         store: Store,
         records: TaskRecords,
         host: ModelHost,
+        audit: AuditTrail,
         learner: LearnerProcess,
         config: LearnConfig,
         limits: Limits,
@@ -129,6 +135,7 @@ class TaskQueue:
         self._store = store
         self._records = records
         self._host = host
+        self._audit = audit
         self._learner = learner
         self._config = config
         self._limits = limits
@@ -197,8 +204,12 @@ class TaskQueue:
                 raise
         return Upload(request, self._spools / _new_id(), self._limits, self._checkers)
 
-    async def accept(self, upload: Upload) -> Task:
+    async def accept(self, upload: Upload, who: str) -> Task:
         """Make the finished upload a task, durable and queued.
+
+        Args:
+            upload: What was uploaded.
+            who: Who sent it, for the audit log.
 
         Returns:
             The new task, or the one that was made by the same request before.
@@ -208,10 +219,14 @@ class TaskQueue:
             ConflictError: the request id was used for something else.
             LimitExceededError: the queue or the disk is full.
         """
-        return await unbroken(self._accept(upload))
+        return await unbroken(self._accept(upload, who))
 
-    async def edit(self, request: EditRequest) -> Task:
+    async def edit(self, request: EditRequest, who: str) -> Task:
         """Make a change of the class table a task, durable and queued.
+
+        Args:
+            request: What to change.
+            who: Who asked for it, for the audit log.
 
         Returns:
             The new task, or the one that was made by the same request before.
@@ -222,11 +237,11 @@ class TaskQueue:
             InfloraError: as ``edits.check`` does, where no task is ahead that could change what
                 there is.
         """
-        return await unbroken(self._accept_edit(request))
+        return await unbroken(self._accept_edit(request, who))
 
-    async def _accept(self, upload: Upload) -> Task:
+    async def _accept(self, upload: Upload, who: str) -> Task:
         summary = await asyncio.to_thread(upload.finish)
-        task = _new_task(upload, summary)
+        task = _new_task(upload, summary, who)
         accepted = None
         try:
             async with self._accepting:
@@ -238,8 +253,8 @@ class TaskQueue:
                 await asyncio.to_thread(self._remove_spool, task.id)
         return accepted
 
-    async def _accept_edit(self, request: EditRequest) -> Task:
-        task = _new_edit(request)
+    async def _accept_edit(self, request: EditRequest, who: str) -> Task:
+        task = _new_edit(request, who)
         async with self._accepting:
             earlier = await self._earlier(task, "request_id")
             if earlier is not None:
@@ -270,6 +285,11 @@ class TaskQueue:
     async def _admit(self, task: Task) -> Task:
         self._check_room()
         await asyncio.to_thread(self._records.insert, task)
+        try:
+            await self._audit.accepted(task)
+        except InfloraError:
+            await self._insist(self._records.delete, task.id)
+            raise
         live = _Live(task)
         self._live[task.id] = live
         self._queue.append(live)
@@ -329,8 +349,12 @@ class TaskQueue:
                 return
             await self._wait(changed)
 
-    async def cancel(self, task: str) -> Snapshot:
+    async def cancel(self, task: str, who: str) -> Snapshot:
         """Give a task up; return it once it is cancelled, or has ended otherwise meanwhile.
+
+        Args:
+            task: Id of the task.
+            who: Who asked for it, for the audit log.
 
         Raises:
             NotFoundError: there is no such task.
@@ -345,7 +369,8 @@ class TaskQueue:
             return ended
         if live.progress is not None and live.progress.stage is Stage.PUBLISHING:
             raise StateError(f"task {task} is being published", field="name")
-        live.cancelling = True
+        if not live.cancelling:
+            live.cancelling, live.cancelled_by = True, who
         if live in self._queue:
             self._queue.remove(live)
             await unbroken(self._end(live, TaskState.CANCELLED))
@@ -424,7 +449,7 @@ class TaskQueue:
         if isinstance(live.task.edit, Forget):
             version = await self._forget(live, live.task.edit, number)
         else:
-            version = await self._host.promote(number)
+            version = await self._host.promote(number, SERVER)
         await self._end(live, TaskState.PUBLISHED, version=number, report=version.report)
 
     async def _make_version(self, live: _Live, parent: int | None) -> int:
@@ -444,7 +469,7 @@ class TaskQueue:
         names = frozenset(edit.labels)
         while True:
             try:
-                version = await self._host.promote(number)
+                version = await self._host.promote(number, SERVER)
                 if not edit.purge:
                     return version
                 # Names go from the manifests last: nowhere else is it written what they were.
@@ -464,6 +489,8 @@ class TaskQueue:
         if state is not TaskState.PUBLISHED:
             ended = ended.without_classes(live.task.withheld)
         await self._write(Snapshot(ended, live.progress))
+        cancelled = state is TaskState.CANCELLED
+        await self._audit.ended(ended, live.cancelled_by if cancelled else SERVER)
         if live.task.withheld:
             with contextlib.suppress(InfloraError):  # the next change that fills the log does it
                 await asyncio.to_thread(self._records.scrub)
@@ -474,9 +501,13 @@ class TaskQueue:
 
     async def _write(self, snapshot: Snapshot) -> None:
         """Write the record, as often as it takes: nothing may be told that is not durable."""
+        await self._insist(self._records.update, snapshot)
+
+    async def _insist(self, change: Callable[[T], None], subject: T) -> None:
+        """Make a change of the records, as often as it takes."""
         while True:
             try:
-                return await asyncio.to_thread(self._records.update, snapshot)
+                return await asyncio.to_thread(change, subject)
             except InfloraError as error:
                 log.warning("cannot write a task's record, trying on: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -495,7 +526,8 @@ class TaskQueue:
         """Remove spools of uploads that broke off with the last process, and of ended tasks."""
         self._spools.mkdir(exist_ok=True)
         for folder in self._spools.iterdir():
-            if folder.name not in self._live:
+            # Of a task whose record is lost, the examples are all that is left.
+            if folder.name not in self._live and folder.name not in self._audit.lost_tasks:
                 self._remove_spool(folder.name)
 
 
@@ -503,36 +535,33 @@ def _new_id() -> str:
     return f"{now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _new_edit(request: EditRequest) -> Task:
+def _new_edit(request: EditRequest, who: str) -> Task:
     return Task(
         id=_new_id(),
         display_name="",
         request_id=request.request_id,
-        content_sha256=_sha256(asdict(request.edit)),
+        content_sha256=content_hash(asdict(request.edit)),
         labels=(),
         example_counts=(),
         example_bytes=0,
         settings={},
         create_time=now(),
         edit=request.edit,
+        who=who,
     )
 
 
-def _new_task(upload: Upload, summary: SpoolSummary) -> Task:
+def _new_task(upload: Upload, summary: SpoolSummary, who: str) -> Task:
     request = upload.request
-    content = [request.display_name, request.settings, summary.sha256]
     return Task(
         id=upload.id,
         display_name=request.display_name,
         request_id=request.request_id,
-        content_sha256=_sha256(content),
+        content_sha256=task_content(request.display_name, request.settings, summary.sha256),
         labels=summary.labels,
         example_counts=summary.counts,
         example_bytes=summary.size,
         settings=request.settings,
         create_time=now(),
+        who=who,
     )

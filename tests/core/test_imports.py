@@ -7,6 +7,7 @@ import sys
 
 LIGHT = (
     "inflora_core",
+    "inflora_core.audit",
     "inflora_core.config",
     "inflora_core.errors",
     "inflora_core.evaluation",

@@ -90,7 +90,9 @@ async def test_a_worker_that_dies_of_it(running: Running, script: Script) -> Non
     await script.reached("TRAINING")
     script.pass_from_now_on("TRAINING")
     script.kill(signal.SIGSTOP)  # it cannot hear
-    cancelling = asyncio.create_task(running.server.tasks.cancel(task.name.split("/")[-1]))
+    cancelling = asyncio.create_task(
+        running.server.tasks.cancel(task.name.split("/")[-1], "a test")
+    )
     await asyncio.sleep(0)  # the worker is told
     script.kill(signal.SIGKILL)
     assert (await cancelling).task.state == "CANCELLED"

@@ -519,7 +519,7 @@ async def test_what_waited_does_not_keep_a_purged_name(running: Running, script:
     assert failed.update.label == "[forgotten]"
     await script.reached("DECODING")
     cancel = running.learner.CancelTask(learner_pb.CancelTaskRequest(name=teaching.name))
-    script.release("DECODING")
+    script.pass_from_now_on("DECODING")  # where the one that is given up stays
     cancelled = (await cancel).task
     assert cancelled.state == pb.TASK_STATE_CANCELLED
     assert (cancelled.display_name, cancelled.classes[0].label) == ("[forgotten]", "[forgotten]")

@@ -384,7 +384,7 @@ async def test_the_version_of_the_beginning_is_used_to_the_end(
     with gate(monkeypatch) as held:
         call = running.evaluator.Evaluate(requests())
         assert await asyncio.to_thread(held.arrived.wait, 60)
-        await running.server.host.promote(1)
+        await running.server.host.promote(1, "a test")
         promoted.set()
         held.open.set()
         found = (await call).evaluation

@@ -84,7 +84,7 @@ async def test_a_version_that_is_asked_for_by_number(running: Running) -> None:
 async def test_the_current_version_by_its_name(running: Running) -> None:
     name = "models/default/versions/current"
     assert (await predict(running, png(), version=name)).version == "models/default/versions/3"
-    await running.server.host.promote(2)
+    await running.server.host.promote(2, "a test")
     assert (await predict(running, png(), version=name)).version == "models/default/versions/2"
 
 
@@ -155,7 +155,7 @@ async def test_swaps_under_load_lose_no_call(running: Running) -> None:
 
     callers = [asyncio.create_task(call()) for _ in range(4)]
     for number in (1, 2, 3) * 3:
-        await running.server.host.promote(number)
+        await running.server.host.promote(number, "a test")
         name = f"models/default/versions/{number}"
         assert (await predict(running, png())).version == name
     done.set()

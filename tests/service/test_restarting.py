@@ -21,6 +21,8 @@ from inflora.v1 import learner_service_pb2_grpc
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2 as pb
+from inflora_core import audit
+from inflora_core.audit import Event
 from inflora_core.errors import (
     DamagedError,
     InfloraError,
@@ -31,8 +33,8 @@ from inflora_core.errors import (
 from inflora_core.store import Store
 from inflora_service import backbone_source, learner_process, store_lock
 from inflora_service.backbone_source import BackboneSource
-from inflora_service.server import Settings
-from tests.service.conftest import GREEN, RED, Running, Script, fails, png, upload
+from inflora_service.server import CURRENT, Settings
+from tests.service.conftest import BLUE, GREEN, RED, Running, Script, fails, png, upload
 from tests.service.test_bad_input import publish
 
 
@@ -365,30 +367,164 @@ async def test_an_onnx_file_that_cannot_be_made_again(
         await running.predictor.Predict(predictor_pb.PredictRequest(images=[png()]))
 
 
-async def test_with_a_damaged_current_version_another_can_be_promoted(
+async def current(running: Running) -> model_pb.Version:
+    request = model_pb.GetVersionRequest(name="models/default/versions/current")
+    return (await running.model.GetVersion(request)).version
+
+
+async def answered(running: Running) -> int:
+    """Return the number of the version that answers."""
+    answer = await running.predictor.Predict(predictor_pb.PredictRequest(images=[png()]))
+    return int(answer.version.rpartition("/")[2])
+
+
+def events(root: Path) -> list[tuple[str, int | None, int | None]]:
+    """Return what the audit log says, but for starts; it must be sound."""
+    reading = audit.verify(root)
+    assert (reading.faults, reading.torn) == ((), 0)
+    return [
+        (line.event, line.version_from, line.version_to)
+        for line in reading.lines
+        if line.event != Event.STARTED
+    ]
+
+
+async def test_the_newest_sound_ancestor_answers_in_place_of_a_damaged_version(
+    start: Callable[..., Any], settings: Settings
+) -> None:
+    publish(settings.store, red=RED)
+    number = publish(settings.store, green=GREEN)
+    path = Store.open(settings.store).path(number, "head.safetensors")
+    content = path.read_bytes()
+    damage(settings.store, number, "head.safetensors")
+    running: Running = await start()
+    assert await running.serving("inflora.v1.PredictorService") == "SERVING"
+    assert await running.serving(CURRENT) == "NOT_SERVING"
+    assert await answered(running) == 1
+    shown = await current(running)
+    assert (shown.name, shown.current, shown.stand_in) == ("models/default/versions/1", True, True)
+    assert running.store.current() == number
+    task = await running.learn({"blue": [png()]})  # waits for a version to build on
+    assert task.state == pb.TASK_STATE_QUEUED
+    with fails("DATA_LOSS", "DAMAGED"):
+        await running.model.PromoteVersion(
+            model_pb.PromoteVersionRequest(name="models/default/versions/2")
+        )
+    await running.server.stop()
+    assert events(settings.store)[1:] == [
+        (Event.FELL_BACK, 2, 1),
+        (Event.ACCEPTED, None, None),
+    ]
+
+    path.write_bytes(content)  # restored: all is as if it had never been damaged
+    running = await start()
+    assert await running.serving(CURRENT) == "SERVING"
+    assert (await running.ended(task.name)).version == "models/default/versions/3"
+    assert [c.label for c in running.store.version(3).classes] == ["red", "green", "blue"]
+    assert not (await current(running)).stand_in
+
+
+async def test_what_stands_in_can_be_promoted(
     start: Callable[..., Any], settings: Settings
 ) -> None:
     publish(settings.store, red=RED)
     number = publish(settings.store, green=GREEN)
     damage(settings.store, number, "head.safetensors")
     running: Running = await start()
-    assert await running.serving("inflora.v1.PredictorService") == "NOT_SERVING"
-    request = predictor_pb.PredictRequest(images=[png()])
-    with fails("DATA_LOSS", "DAMAGED"):
-        await running.predictor.Predict(request)
-    task = await running.learn({"blue": [png()]})  # waits for a version to build on
-    assert task.state == pb.TASK_STATE_QUEUED
-    with fails("DATA_LOSS", "DAMAGED"):
-        await running.predictor.Predict(request)
-
+    task = await running.learn({"blue": [png()]})
     promote = model_pb.PromoteVersionRequest(name="models/default/versions/1")
-    await running.model.PromoteVersion(promote)
-    assert await running.serving("inflora.v1.PredictorService") == "SERVING"
-    assert (await running.predictor.Predict(request)).version == promote.name
+    promoted = (await running.model.PromoteVersion(promote)).version
+    assert (promoted.current, promoted.stand_in) == (True, False)
+    assert await running.serving(CURRENT) == "SERVING"
+    assert (await running.ended(task.name)).state == pb.TASK_STATE_PUBLISHED
+    assert running.store.version(3).parent == 1
+    await running.server.stop()
+    assert (Event.ROLLED_BACK, 2, 1) in events(settings.store)
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "manifest.json"])
+async def test_several_damaged_generations(
+    start: Callable[..., Any], settings: Settings, name: str
+) -> None:
+    """Also where a manifest cannot say any more what its version was made from: the log can."""
+    running: Running = await start()
+    for label in "abcd":
+        await running.ended((await running.learn({label: [png()]})).name)
+    await running.server.stop()
+    for number in (2, 3, 4):
+        path = running.store._folder(number) / name
+        path.write_bytes(path.read_bytes()[:-1])
+    running = await start()
+    assert await answered(running) == 1
+    assert await running.serving(CURRENT) == "NOT_SERVING"
+
+
+async def test_a_branch_is_no_ancestor(start: Callable[..., Any], settings: Settings) -> None:
+    for name in "abc":
+        publish(settings.store, **{name: RED})
+    Store.open(settings.store).set_current(1)
+    number = publish(settings.store, d=GREEN)
+    damage(settings.store, number, "head.safetensors")
+    running: Running = await start()
+    assert (number, await answered(running)) == (4, 1)
+
+
+async def test_with_nothing_sound_left_no_version_answers(
+    start: Callable[..., Any], settings: Settings
+) -> None:
+    numbers = [publish(settings.store, **{name: RED}) for name in "ab"]
+    for number in numbers:
+        damage(settings.store, number, "head.safetensors")
+    running: Running = await start()
+    assert await running.serving("inflora.v1.PredictorService") == "NOT_SERVING"
+    assert await running.serving(CURRENT) == "NOT_SERVING"
+    assert await running.serving() == "SERVING"
     with fails("DATA_LOSS", "DAMAGED"):
-        await running.model.PromoteVersion(
-            model_pb.PromoteVersionRequest(name="models/default/versions/2")
-        )
-    # The task that waited is learned on top of it, perhaps by now.
-    answered = (await running.predictor.Predict(request)).version
-    assert answered in (promote.name, "models/default/versions/3")
+        await running.predictor.Predict(predictor_pb.PredictRequest(images=[png()]))
+    assert (await running.learn({"c": [png()]})).state == pb.TASK_STATE_QUEUED
+
+
+@pytest.mark.parametrize("purge", [False, True])
+async def test_what_is_forgotten_stays_so_in_what_stands_in(
+    start: Callable[..., Any], settings: Settings, purge: bool
+) -> None:
+    publish(settings.store, red=RED)
+    publish(settings.store, blue=BLUE)
+    publish(settings.store, secret=GREEN)
+    running: Running = await start()
+    request = learner_pb.ForgetClassesRequest(labels=["secret"], purge=purge)
+    task = (await running.learner.ForgetClasses(request)).task
+    assert (await running.ended(task.name)).state == pb.TASK_STATE_PUBLISHED
+    await running.server.stop()
+    damage(settings.store, 4, "head.safetensors")
+    running = await start()
+    assert await answered(running) == (2 if purge else 3)
+    assert [c.label for c in (await current(running)).classes] == ["red", "blue"]
+    answer = await running.predictor.Predict(
+        predictor_pb.PredictRequest(images=[png(GREEN)], top_k=10)
+    )
+    assert {score.label for score in answer.predictions[0].scores} == {"red", "blue"}
+
+
+@pytest.mark.parametrize("content", [None, "two", "77"])
+async def test_a_lost_pointer_does_not_begin_anew(
+    start: Callable[..., Any], settings: Settings, content: str | None
+) -> None:
+    running: Running = await start()
+    for label in "ab":
+        await running.ended((await running.learn({label: [png()]})).name)
+    await running.server.stop()
+    pointer = settings.store / "models/default/CURRENT"
+    pointer.unlink()
+    if content is not None:
+        pointer.write_text(content)
+    running = await start()
+    assert await running.serving(CURRENT) == "NOT_SERVING"
+    task = await running.learn({"c": [png()]})
+    assert task.state == pb.TASK_STATE_QUEUED
+    promote = model_pb.PromoteVersionRequest(name="models/default/versions/2")
+    if content != "77":  # which names no version, so nobody knows what it was made from
+        assert await answered(running) == 2
+    await running.model.PromoteVersion(promote)
+    assert (await running.ended(task.name)).version == "models/default/versions/3"
+    assert running.store.version(3).parent == 2

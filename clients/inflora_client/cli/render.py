@@ -111,6 +111,12 @@ def task_table(tasks: Iterable[Task]) -> Table:
     )
 
 
+def _state_of(version: Version) -> str:
+    if version.stand_in:
+        return "stands in"  # for the current one, which is damaged
+    return "current" if version.current else "purged" if version.purged else ""
+
+
 def version_table(versions: Iterable[Version]) -> Table:
     """One row a version."""
     return _table(
@@ -118,7 +124,7 @@ def version_table(versions: Iterable[Version]) -> Table:
         (
             (
                 version.number,
-                "current" if version.current else "purged" if version.purged else "",
+                _state_of(version),
                 len(version.classes),
                 short(version.parent),
                 short(version.task),

@@ -96,6 +96,7 @@ class Version(_message.Message):
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
     PURGED_FIELD_NUMBER: _builtins.int
+    STAND_IN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`models/{model}/versions/{n}`, n from 1."""
     parent: _builtins.str
@@ -103,12 +104,16 @@ class Version(_message.Message):
     task: _builtins.str
     """The task that made it."""
     current: _builtins.bool
-    """Whether it answers Predict."""
+    """Whether it answers Predict where no version is asked for."""
     provider: _builtins.str
     """Execution provider that runs it, for example `CPUExecutionProvider`; empty when not loaded."""
     purged: _builtins.bool
     """Whether its data were deleted because it knew a class that was purged. It can never be used
     again.
+    """
+    stand_in: _builtins.bool
+    """Whether it answers in place of the version that is current, which is damaged. Nothing is learned
+    until a version is promoted; once the damaged one is restored, the next start takes it up again.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -134,10 +139,11 @@ class Version(_message.Message):
         artifacts: _abc.Iterable[Global___Artifact] | None = ...,
         provider: _builtins.str = ...,
         purged: _builtins.bool = ...,
+        stand_in: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "classes", b"classes", "create_time", b"create_time", "current", b"current", "name", b"name", "parent", b"parent", "provider", b"provider", "purged", b"purged", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "classes", b"classes", "create_time", b"create_time", "current", b"current", "name", b"name", "parent", b"parent", "provider", b"provider", "purged", b"purged", "stand_in", b"stand_in", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -85,7 +85,8 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetVersion(self, request, context):
-        """Returns one version.
+        """Returns one version. While the current one is damaged, `versions/current` is the one that answers
+        in its place, if there is any.
 
         Errors:
         - INVALID_ARGUMENT: the name is not a version's name. A retry does not help.

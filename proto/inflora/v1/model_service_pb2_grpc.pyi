@@ -49,7 +49,8 @@ class ModelServiceStub:
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     GetVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetVersionRequest, _model_service_pb2.GetVersionResponse]
-    """Returns one version.
+    """Returns one version. While the current one is damaged, `versions/current` is the one that answers
+    in its place, if there is any.
 
     Errors:
     - INVALID_ARGUMENT: the name is not a version's name. A retry does not help.
@@ -102,7 +103,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     GetVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetVersionRequest, _model_service_pb2.GetVersionResponse]  # type: ignore[assignment]
-    """Returns one version.
+    """Returns one version. While the current one is damaged, `versions/current` is the one that answers
+    in its place, if there is any.
 
     Errors:
     - INVALID_ARGUMENT: the name is not a version's name. A retry does not help.
@@ -164,7 +166,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.GetVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.GetVersionResponse, _abc.Awaitable[_model_service_pb2.GetVersionResponse]]:
-        """Returns one version.
+        """Returns one version. While the current one is damaged, `versions/current` is the one that answers
+        in its place, if there is any.
 
         Errors:
         - INVALID_ARGUMENT: the name is not a version's name. A retry does not help.
