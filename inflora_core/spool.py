@@ -105,6 +105,20 @@ class SpoolWriter:
         )
 
 
+def check_spool(folder: Path) -> SpoolSummary:
+    """Return what a spool holds, after reading all of it.
+
+    Raises:
+        DamagedError: as ``read_spool``.
+    """
+    digest, counts, size = hashlib.sha256(), dict[str, int](), 0
+    for image, label in read_spool(folder):
+        _extend(digest, label, hashlib.sha256(image).hexdigest())
+        counts[label] = counts.get(label, 0) + 1
+        size += len(image)
+    return SpoolSummary(tuple(counts), tuple(counts.values()), size, digest.hexdigest())
+
+
 def read_spool(folder: Path) -> Iterator[tuple[bytes, str]]:
     """Yield (encoded image, label) in order.
 

@@ -241,21 +241,44 @@ class Store:
             StateError: none was set yet.
             DamagedError: a file of it is missing or does not have its checksum.
         """
-        if not self.has_backbone():
-            raise StateError("the store has no backbone yet")
-        name = self._model / "backbone"
-        try:
-            sha256 = _read(name).decode().strip()
-            folder = self.root / "backbones" / sha256
-            entries = _FILES.validate_json(_read_manifest(folder))
-        except ValueError as error:
-            raise DamagedError(f"the backbone in {name} cannot be read: {error}") from error
-        for entry in entries:
-            _check(folder, entry)
+        for _, error in self.backbone_damage():
+            raise error
+        folder = self._backbone_folder()
+        sha256 = folder.name
         weights = folder / "weights.safetensors"
         with safe_open(weights, "numpy") as file:
             config = _CONFIG.validate_json(file.metadata()["config"])
         return StoredBackbone(sha256, config, weights, folder / "template.onnx")
+
+    def backbone_damage(self, sha256: str = "") -> Iterator[tuple[Path, DamagedError]]:
+        """Yield the files of the backbone that are not what they were.
+
+        Args:
+            sha256: Its name, where the store has lost it.
+
+        Raises:
+            StateError: none was set yet.
+            DamagedError: its name or its manifest cannot be read.
+        """
+        if not sha256 and not self.has_backbone():
+            raise StateError("the store has no backbone yet")
+        folder = self.root / "backbones" / sha256 if sha256 else self._backbone_folder()
+        try:
+            entries = _FILES.validate_json(_read_manifest(folder))
+        except ValueError as error:
+            raise DamagedError(f"the backbone in {folder} cannot be read: {error}") from error
+        for entry in entries:
+            try:
+                _check(folder, entry)
+            except DamagedError as error:
+                yield folder / entry.name, error
+
+    def _backbone_folder(self) -> Path:
+        name = self._model / "backbone"
+        try:
+            return self.root / "backbones" / _read(name).decode().strip()
+        except ValueError as error:
+            raise DamagedError(f"the backbone in {name} cannot be read: {error}") from error
 
     def load_weights(self, backbone: StoredBackbone) -> dict[str, Array]:
         """Return the frozen weights, float32, by parameter name."""

@@ -63,6 +63,20 @@ def remember(store: Path, source: BackboneSource) -> None:
     durable.replace(store / FILE, _ADAPTER.dump_json(source, indent=1))
 
 
+def read(store: Path) -> BackboneSource | None:
+    """Return what the store's backbone is made from, None if that was not noted.
+
+    Raises:
+        DamagedError: the note cannot be read.
+    """
+    try:
+        return _ADAPTER.validate_json((store / FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DamagedError(f"{store / FILE} cannot be read: {error}") from error
+
+
 def check(store: Path, asked: BackboneSource) -> None:
     """Refuse a backbone other than the store's.
 
@@ -70,17 +84,14 @@ def check(store: Path, asked: BackboneSource) -> None:
         StateError: it is another one.
         DamagedError: the note cannot be read.
     """
-    try:
-        noted = _ADAPTER.validate_json((store / FILE).read_bytes())
-    except FileNotFoundError:
+    noted = read(store)
+    if noted is None:
         log.warning(
             "the store %s was made by other means: whether its backbone is %r cannot be told",
             store,
             asked.source,
         )
         return
-    except ValidationError as error:
-        raise DamagedError(f"{store / FILE} cannot be read: {error}") from error
     if not noted.is_same(asked):
         raise StateError(
             f"the store {store} was made with the backbone {noted.source!r}, and keeps it for "

@@ -179,6 +179,15 @@ class TaskRecords:
         except ValueError as error:
             raise DamagedError(f"{self._path} cannot be read: {error}") from error
 
+    def problems(self) -> list[str]:
+        """Return what SQLite finds wrong with the file.
+
+        Raises:
+            DamagedError: it is not what SQLite wrote.
+        """
+        rows = self._execute("PRAGMA integrity_check", ())
+        return [text for (text,) in rows if text != "ok"]
+
     def by_request_id(self, request_id: str) -> Task | None:
         """Return the task that was made under ``request_id`` (not ""), or None."""
         rows = self._execute(

@@ -24,6 +24,7 @@ LIGHT = (
     "inflora_client.cli",
     "inflora_service.server",
     "inflora_service.__main__",
+    "inflora_service.doctor",
 )
 HEAVY = ("torch", "timm", "torchvision")
 
@@ -51,6 +52,11 @@ def test_torch_is_not_imported_along() -> None:
 
 def test_the_client_imports_no_model_runtime() -> None:
     result = run(("inflora_client", "inflora_client.cli"), (*HEAVY, "onnxruntime", "inflora_core"))
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_doctor_imports_no_model_runtime() -> None:
+    result = run(("inflora_service.doctor",), (*HEAVY, "onnxruntime", "grpc"))
     assert result.returncode == 0, result.stderr
 
 

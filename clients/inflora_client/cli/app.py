@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -75,6 +75,20 @@ def options(
 )
 def serve(context: typer.Context) -> None:
     """Start a server here; all arguments are the server's (try: inflora serve --help)."""
+    _become("inflora_service", context.args)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def doctor(context: typer.Context) -> None:
+    """Check the store of a server that is stopped, and repair it (try: inflora doctor --help)."""
+    session: Session = context.obj
+    _become("inflora_service.doctor", [*context.args, *(["--json"] if session.as_json else [])])
+
+
+def _become(module: str, arguments: list[str]) -> NoReturn:
     if importlib.util.find_spec("inflora_service") is None:
         fail(
             "the server is not installed here, only the client; install the package "
@@ -82,7 +96,7 @@ def serve(context: typer.Context) -> None:
             EXIT_USAGE,
         )
     # Replaced, not wrapped: signals and the exit code are the server's own.
-    os.execv(sys.executable, [sys.executable, "-m", "inflora_service", *context.args])
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 @app.command()
