@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from inflora.v1 import learner_service_pb2 as learner_pb
+from inflora.v1 import learner_service_pb2_grpc
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import task_pb2 as pb
-from inflora_core import audit, durable
+from inflora_core import audit, durable, failpoints
 from inflora_core.audit import FILE, SERVER, UNKNOWN, Event, Line
 from inflora_service import auditing
 from inflora_service.server import Settings
-from tests.service.conftest import GREEN, RED, Running, Script, fails, png
+from tests.service.conftest import GREEN, RED, Running, Script, fails, png, upload
 from tests.service.test_bad_input import assert_unharmed, publish
+from tests.service.test_restarting import PROGRAM
 
 SECRET = "Grün von Ü."
 
@@ -250,3 +258,41 @@ async def test_examples_of_a_task_whose_record_is_lost_are_kept(
     await start()
     assert f"task {id_of(task)} was accepted, and its record is lost" in caplog.text
     assert (running.settings.store / "spool" / id_of(task) / "images.bin").exists()
+
+
+@pytest.mark.parametrize("point", ["audit.append", "audit.appended"])
+@pytest.mark.parametrize("visit", [2, 3, 4])
+async def test_a_server_that_is_killed_at_an_entry(
+    start: Callable[..., Any],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
+    visit: int,
+) -> None:
+    """First the start is logged; then a task is accepted, its version promoted, and published."""
+    command = [sys.executable, "-c", PROGRAM, str(settings.store), *settings.worker]
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {failpoints.VARIABLE: f"{point}=kill@{visit}"},
+    )
+    assert process.stdout is not None
+    address = (await process.stdout.readline()).decode().strip()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = learner_service_pb2_grpc.LearnerServiceStub(channel)
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await stub.LearnTask(upload({"a": [png()]}))
+        assert await process.wait() == -signal.SIGKILL
+    running: Running = await start()
+    (task,) = (await running.learner.ListTasks(learner_pb.ListTasksRequest())).tasks
+    assert (await running.ended(task.name)).version == "models/default/versions/1"
+    found = lines(settings.store)
+    assert sorted(line.event for line in found) == sorted(
+        (Event.ACCEPTED, Event.PROMOTED, Event.PUBLISHED)
+    )
+    (accepted,) = [line for line in found if line.event == Event.ACCEPTED]
+    assert accepted.who.startswith("ipv4:127.0.0.1:")
+    # What was not in the log by then is added, and said to be; a publication goes on instead.
+    recovered = [line.event for line in found if line.recovered]
+    expected = {2: Event.ACCEPTED, 3: Event.PROMOTED, 4: Event.PUBLISHED}
+    assert recovered == ([expected[visit]] if point == "audit.append" else [])
