@@ -290,11 +290,12 @@ class AuditLog:
         if self._size > (self._path.stat().st_size if self._path.exists() else 0):
             log.critical("%s was cut by somebody else while the server runs", self._path)
             self._open()
-        data, seq, head = b"", self._seq, self._head
+        contents, seq, head = [], self._seq, self._head
         for entry in entries:
             seq += 1
-            content = _encode(entry, seq, head)
-            data, head = data + content, _sha256(content)
+            contents.append(_encode(entry, seq, head))
+            head = _sha256(contents[-1])
+        data = b"".join(contents)
         failpoints.reach("audit.append")
         durable.append(self._path, data, self._size)
         self._seq, self._head, self._size = seq, head, self._size + len(data)

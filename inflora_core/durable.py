@@ -66,7 +66,7 @@ def append(path: Path, data: bytes, at: int) -> None:
         try:
             written = 0
             while written < len(data):
-                written += os.pwrite(descriptor, data[written:], at + written)
+                written += os.pwrite(descriptor, memoryview(data)[written:], at + written)
             os.fsync(descriptor)
         except OSError:
             # Half of it on a full disk would look like something that a power cut has torn.
