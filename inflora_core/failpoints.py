@@ -26,9 +26,14 @@ POINTS = frozenset(
     {
         # The server: an upload becomes a task.
         "spool.create",
+        "spool.origin",
         "spool.write",
+        "spool.flush",
+        "spool.flushed",
         "spool.sync",
         "spool.synced",
+        "spool.recover",
+        "spool.recovered",
         "accept.insert",
         "accept.inserted",
         # The server: a task's record, what became of it, and what it leaves.
@@ -42,6 +47,10 @@ POINTS = frozenset(
         "purge.deleted",
         "spool.delete",
         "spool.deleted",
+        "examples.move",
+        "examples.moved",
+        "examples.delete",
+        "examples.deleted",
         # The worker: a version.
         "draft.write",
         "draft.sync",

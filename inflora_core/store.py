@@ -614,6 +614,11 @@ class Store:
             log.warning("%s was lost, and is made again from the versions", self._forgotten)
         self._remember(Forgotten(frozenset(keys | marked), frozenset(marked)))
 
+    def manifests(self) -> Iterator[Version]:
+        """Yield the manifests that can be read, with what is forgotten, unless it is purged."""
+        for _, version in self._manifests():
+            yield version
+
     def _manifests(self) -> Iterator[tuple[int, Version]]:
         """Yield the manifests that can be read, as they are on the disk."""
         for number in self.numbers():

@@ -175,7 +175,7 @@ def test_a_spool_that_is_not_there_is_damaged(tmp_path: Path) -> None:
 def test_an_aborted_writer_leaves_nothing(tmp_path: Path) -> None:
     with SpoolWriter(tmp_path / "spool") as spool:
         spool.add(b"image", "cat")
-        assert (spool.count, spool.size) == (1, 5)
+        assert (spool.state.count, spool.state.size) == (1, 5)
     assert not list(tmp_path.iterdir())
 
 
