@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -61,7 +62,7 @@ class TaskRequest:
             DamagedError: there can be none.
         """
         try:
-            return _REQUEST.validate_python(origin, strict=True)
+            return _REQUEST.validate_json(json.dumps(origin), strict=True)
         except ValidationError as error:
             raise DamagedError(f"the spec of an upload cannot be read: {error}") from error
 
