@@ -232,19 +232,18 @@ def test_a_disk_without_room(small_disk: RunningServer) -> None:
 def test_a_disk_that_is_full_while_a_task_is_learned(small_disk: RunningServer) -> None:
     server = small_disk
     with unharmed(server, inside(server)) as client:
-        task = client.learn(examples(*MORE, each=4), epochs=40, batch_size=1)
+        task = client.learn(examples(*MORE, each=4), epochs=20, batch_size=2)
         for seen in client.watch(task):
             if seen.stage is TaskStage.TRAINING:
                 break
-        with filled(server, 0), ThreadPoolExecutor(1) as pool:
-            worker = pool.submit(client.wait, task)
+        with filled(server, 0):
             with pytest.raises(ResourceExhaustedError):
                 learn(client)
             # That it has failed may be told only once it can be written down.
             wait_until(lambda: "cannot write a task's record" in server.log.read_text(), client)
             assert not client.task(task).ended
         with pytest.raises(TaskFailedError) as caught:
-            worker.result()
+            client.wait(task)
         assert caught.value.task.error is not None
         assert caught.value.task.error.code == "RESOURCE_EXHAUSTED"
         assert client.wait(learn(client)).state is TaskState.PUBLISHED
