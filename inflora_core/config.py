@@ -179,3 +179,13 @@ class Limits(BaseModel):
     """Encoded; the learner holds them while it decodes."""
     task_classes: int = Field(10_000, ge=1)
     queued_tasks: int = Field(100, ge=1)
+    upload_idle_seconds: float = Field(60.0, gt=0, allow_inf_nan=False)
+    """Longest wait for the next message of an upload."""
+    upload_seconds: float = Field(3600.0, ge=0, allow_inf_nan=False)
+    """How long an upload that broke off is kept after its last example."""
+    partial_uploads: int = Field(32, ge=0)
+    """Uploads that broke off and are kept; those that have waited longest go first."""
+    partial_bytes: int = Field(8 * 2**30, ge=0)
+    """Encoded images of all of them."""
+    reserve_bytes: int = Field(2**30, ge=0)
+    """Free on the store's filesystem, or nothing is accepted; and room for the versions to come."""

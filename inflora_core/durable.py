@@ -9,8 +9,16 @@ import uuid
 from pathlib import Path
 
 from inflora_core import failpoints
+from inflora_core.errors import InfloraError, LimitExceededError, UnavailableError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHORTAGES: dict[int, tuple[type[InfloraError], str]] = {
+    **dict.fromkeys(_FULL, (LimitExceededError, "disk is full")),
+    errno.EMFILE: (LimitExceededError, "process has too many files open"),
+    errno.ENFILE: (LimitExceededError, "machine has too many files open"),
+    errno.ENOMEM: (LimitExceededError, "memory is full"),
+    errno.EROFS: (UnavailableError, "disk is read-only"),
+}
 _DAMAGED = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
     *(errno.EIO, errno.EBADMSG, errno.EUCLEAN),
@@ -18,8 +26,19 @@ _DAMAGED = (
 
 
 def is_full(error: OSError) -> bool:
-    """Whether ``error`` says that the disk, or a quota on it, is full."""
+    """Whether ``error`` says that the disk, or a quota on it or on a file, is full."""
     return error.errno in _FULL
+
+
+def shortage(error: OSError) -> InfloraError | None:
+    """Return what a client is told if the machine has too little of something; None if not.
+
+    All of these pass without anything being done here once their cause is gone.
+    """
+    if error.errno not in _SHORTAGES:
+        return None
+    kind, what = _SHORTAGES[error.errno]
+    return kind(f"the server's {what}; retry later")
 
 
 def is_damage(error: OSError) -> bool:
@@ -77,6 +96,13 @@ def append(path: Path, data: bytes, at: int) -> None:
         os.close(descriptor)
     if new:
         sync_folder(path.parent)
+
+
+def move(folder: Path, to: Path) -> None:
+    """Rename a folder, durably; nothing may be at ``to``, whose parent exists."""
+    os.rename(folder, to)
+    for parent in (to.parent, folder.parent):
+        sync_folder(parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -39,6 +39,12 @@ class InvalidImageError(InvalidInputError):
     reason = "INVALID_IMAGE"
 
 
+class BrokenOffError(InvalidInputError):
+    """An upload ended without its end, as it does when the client vanished."""
+
+    reason = "BROKEN_OFF"
+
+
 class UnsupportedBackboneError(InvalidInputError):
     """A model cannot be taught with InfLoRA; the message says why."""
 
@@ -46,7 +52,7 @@ class UnsupportedBackboneError(InvalidInputError):
 
 
 class LimitExceededError(InfloraError):
-    """A task, message or queue is over its limit, or the disk is full."""
+    """Something is over its limit, or the disk, memory or open files have run out."""
 
     reason = "LIMIT_EXCEEDED"
 
@@ -76,7 +82,7 @@ class OutOfRangeError(InfloraError):
 
 
 class UnavailableError(InfloraError):
-    """The server is stopping or a part of it is restarting; a retry helps."""
+    """The server is stopping, or cannot go on for now; a retry helps."""
 
     reason = "UNAVAILABLE"
 
@@ -117,6 +123,7 @@ ERRORS_BY_REASON: dict[str, type[InfloraError]] = {
         InfloraError,
         InvalidInputError,
         InvalidImageError,
+        BrokenOffError,
         UnsupportedBackboneError,
         LimitExceededError,
         NotFoundError,

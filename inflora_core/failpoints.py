@@ -26,9 +26,14 @@ POINTS = frozenset(
     {
         # The server: an upload becomes a task.
         "spool.create",
+        "spool.origin",
         "spool.write",
+        "spool.flush",
+        "spool.flushed",
         "spool.sync",
         "spool.synced",
+        "spool.recover",
+        "spool.recovered",
         "accept.insert",
         "accept.inserted",
         # The server: a task's record, what became of it, and what it leaves.
@@ -46,6 +51,10 @@ POINTS = frozenset(
         "audit.append",
         "audit.appended",
         "audit.torn",
+        "examples.move",
+        "examples.moved",
+        "examples.delete",
+        "examples.deleted",
         # The worker: a version.
         "draft.write",
         "draft.sync",

@@ -711,6 +711,11 @@ class Store:
         purged = more.purged | marked
         self._remember(Forgotten(more.keys | keys | purged, purged))
 
+    def manifests(self) -> Iterator[Version]:
+        """Yield the manifests that can be read, with what is forgotten, unless it is purged."""
+        for _, version in self._manifests():
+            yield version
+
     def _manifests(self) -> Iterator[tuple[int, Version]]:
         """Yield the manifests that can be read, as they are on the disk."""
         for number in self.numbers():

@@ -9,7 +9,14 @@ their own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+)
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
@@ -64,9 +71,24 @@ class Bridge:
         """Make asynchronous items iterable in another thread; leave others as they are."""
         if not isinstance(items, AsyncIterable):
             return items
+        if isinstance(items, AsyncIterator):
+            return self._begin(items)
+        return _Repeatable(lambda: self._begin(items))
+
+    def _begin(self, items: AsyncIterable[T]) -> _Source[T]:
         source = _Source(items, self._loop)
         self._sources.append(source)
         return source
+
+
+class _Repeatable(Iterable[T]):
+    """Asynchronous items that can be iterated over again."""
+
+    def __init__(self, begin: Callable[[], Iterator[T]]) -> None:
+        self._begin = begin
+
+    def __iter__(self) -> Iterator[T]:
+        return self._begin()
 
 
 class _Source(Iterator[T]):

@@ -53,6 +53,25 @@ def get_task(names: Names, task: TaskRef) -> Call[Task]:
     return Call(channel.GET_TASK, request, lambda r: parse.task(r.task))
 
 
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """How far an upload has come.
+
+    Attributes:
+        count: Examples that the server has for good.
+        task: Name of the task that came of it; empty if none did.
+    """
+
+    count: int
+    task: str
+
+
+def query_upload(names: Names, request_id: str) -> Call[Uploaded]:
+    """QueryUpload."""
+    request = learner_service_pb2.QueryUploadRequest(parent=names.model, request_id=request_id)
+    return Call(channel.QUERY_UPLOAD, request, lambda r: Uploaded(r.example_count, r.task))
+
+
 def cancel_task(names: Names, task: TaskRef) -> Call[Task]:
     """CancelTask."""
     request = learner_service_pb2.CancelTaskRequest(name=names.task(task))

@@ -22,15 +22,15 @@ class RetryPolicy:
     """How long to go on while the server is UNAVAILABLE.
 
     Unary calls are retried by gRPC itself, through the channel's service config. A broken
-    ``watch`` or ``download`` goes on where it was; ``learn`` and ``evaluate`` upload again where
-    they can.
+    ``watch`` or ``download`` goes on where it was, and so does ``learn`` where it can; ``evaluate``
+    uploads again.
 
     Attributes:
         max_attempts: Attempts in all, 1 (no retry) to 5.
         initial_backoff: Pause after the first failure, in seconds, at least 0.01.
         multiplier: Each further pause is longer by this factor, at least 1.
         max_backoff: Upper bound of a pause, in seconds, at least 0.01.
-        patience: A ``watch`` or ``download`` that was being answered keeps trying for this many
+        patience: A ``watch``, ``download`` or upload that was under way keeps trying for this many
             seconds of silence, however many attempts that takes: long enough for a restart.
     """
 
@@ -74,6 +74,7 @@ _EVALUATOR = "inflora.v1.EvaluatorService"
 _MODEL = "inflora.v1.ModelService"
 
 LEARN_TASK = Rpc(_LEARNER, "LearnTask")
+QUERY_UPLOAD = Rpc(_LEARNER, "QueryUpload")
 FORGET_CLASSES = Rpc(_LEARNER, "ForgetClasses")
 UPDATE_CLASS = Rpc(_LEARNER, "UpdateClass")
 WATCH_TASK = Rpc(_LEARNER, "WatchTask")
@@ -90,6 +91,7 @@ DOWNLOAD_ARTIFACT = Rpc(_MODEL, "DownloadArtifact")
 
 # The streams are not here: gRPC could only restart them from their beginning.
 _RETRIED_BY_GRPC = (
+    QUERY_UPLOAD,
     FORGET_CLASSES,
     UPDATE_CLASS,
     GET_TASK,

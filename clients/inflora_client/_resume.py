@@ -1,4 +1,4 @@
-"""Streams that go on where they were after a break: watching a task, downloading a file.
+"""Streams that go on where they were after a break: a watched task, a download, an upload.
 
 A ``Resumable`` holds what has arrived and says what to ask for next. It does no input or output
 on the network, so both clients drive it, each with a loop of its own kind.
@@ -21,7 +21,14 @@ from google.protobuf.message import Message
 from inflora.v1 import learner_service_pb2, model_service_pb2
 from inflora_client import _channel as channel
 from inflora_client import _parse as parse
-from inflora_client.errors import CorruptDownloadError, TaskFailedError, UnavailableError
+from inflora_client.errors import (
+    ConnectionFailedError,
+    CorruptDownloadError,
+    FailedPreconditionError,
+    StatusError,
+    TaskFailedError,
+    UnavailableError,
+)
 from inflora_client.resources import Artifact, Download, Failure, Task, TaskState
 
 T = TypeVar("T")
@@ -44,11 +51,11 @@ class Backoff:
         self._failures = 0
         self._heard_at = time.monotonic()
 
-    def delay_after(self, error: UnavailableError) -> float:
+    def delay_after(self, error: StatusError) -> float:
         """Return the seconds to pause before the next attempt.
 
         Raises:
-            UnavailableError: The error itself, when there should be no further attempt.
+            StatusError: The error itself, when there should be no further attempt.
         """
         policy = self._policy
         self._failures += 1
@@ -60,6 +67,58 @@ class Backoff:
         delay = min(policy.initial_backoff * policy.multiplier**exponent, policy.max_backoff)
         # Clients that lost one server together must not come back together.
         return delay * random.uniform(0.8, 1.2)
+
+
+class UploadRetry:
+    """How often an upload that breaks off is tried again, and from which example.
+
+    Args:
+        policy: When to give up.
+
+    Attributes:
+        start: How many examples the server has.
+    """
+
+    UNDER_WAY = 2
+    """Messages, after which a connection is known to work: gRPC takes the next one only once the
+    last is on its way."""
+
+    def __init__(self, policy: channel.RetryPolicy) -> None:
+        self._backoff = Backoff(policy)
+        self._fresh = True
+        self.start = 0
+
+    def delay_after(self, error: StatusError, sent: int = 0) -> float:
+        """Return the seconds to pause before the next attempt.
+
+        Args:
+            error: What ended the last one.
+            sent: Messages it sent.
+
+        Raises:
+            StatusError: The error itself, when there should be no further attempt.
+        """
+        lost = isinstance(error, ConnectionFailedError) and sent > self.UNDER_WAY
+        if lost and self._fresh:
+            # Only once, until more arrives: patience with one that never gets further must end.
+            self._backoff.heard()
+            self._fresh = False
+        return self._backoff.delay_after(error)
+
+    def go_on_from(self, count: int) -> None:
+        """Note how many examples the server has now."""
+        if count > self.start:
+            self._backoff.heard()
+            self._fresh = True
+        self.start = count
+
+
+def breaks_off(error: StatusError) -> bool:
+    """Whether an upload that ended so may be continued, or sent again."""
+    return isinstance(error, UnavailableError) or (
+        isinstance(error, FailedPreconditionError)
+        and any(violation.field == "spec.resume_from" for violation in error.field_violations)
+    )
 
 
 class Resumable(ABC, Generic[T]):

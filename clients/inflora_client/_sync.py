@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -19,8 +19,8 @@ from inflora_client import _upload as upload
 from inflora_client._base import DEFAULT_ARTIFACT, ClientBase
 from inflora_client._images import ImageSource, read_image
 from inflora_client._names import TaskRef, VersionRef
-from inflora_client._resume import Backoff, Resumable
-from inflora_client.errors import UnavailableError, error_of_call
+from inflora_client._resume import Resumable, UploadRetry, breaks_off
+from inflora_client.errors import StatusError, UnavailableError, error_of_call
 from inflora_client.resources import Download, Evaluation, PredictResult, Task, Version
 
 T = TypeVar("T")
@@ -53,18 +53,22 @@ class Client(ClientBase):
         """Upload a task; returns once it is stored durably and queued.
 
         Images given as paths are read one by one, so a task need not fit into memory. If the
-        server becomes unavailable, a sequence of examples is uploaded again under the same
-        request id; an iterator cannot be, and the error is raised.
+        upload breaks off, it goes on with the first example that the server does not have; the
+        examples before it are taken once more, but not read. An iterator, a generator for example,
+        cannot be taken from again: the error is raised, and the server removes what it has after a
+        time.
 
         Args:
-            examples: Labelled images, as ``Example`` or ``(image, label)``.
+            examples: Labelled images, as ``Example`` or ``(image, label)``. Whoever iterates over
+                them again must get the same ones in the same order.
             **options: See ``LearnOptions``.
 
         Returns:
             The task, QUEUED.
 
         Raises:
-            StatusError: The server refused the task; nothing is kept of it.
+            StatusError: The server refused the task, and nothing is kept of it, or could not be
+                reached any more.
             OSError: An image cannot be read.
         """
         return self._upload(upload.learn(self._names, options), examples)
@@ -193,8 +197,8 @@ class Client(ClientBase):
         """Measure a version on labelled images; the server keeps nothing of them.
 
         Images of classes that the version does not know are counted apart, and show how well
-        ``novelty`` finds them. Uploaded as ``learn`` does: images given as paths are read one by
-        one, and a sequence is uploaded again if the server becomes unavailable.
+        ``novelty`` finds them. Images given as paths are read one by one. If the server becomes
+        unavailable, they are uploaded again from the first; an iterator cannot be.
 
         Args:
             examples: Labelled images, as ``Example`` or ``(image, label)``.
@@ -294,18 +298,40 @@ class Client(ClientBase):
             pass
 
     def _upload(self, what: upload.Upload[T], examples: upload.Examples) -> T:
-        backoff = Backoff(self._retry)
+        retry = UploadRetry(self._retry)
         while True:
+            outgoing = _Outgoing(what.messages(examples, retry.start))
             try:
-                return what.parse(self._upload_once(what.rpc, what.messages(examples)))
-            except UnavailableError as error:
-                if not upload.repeatable(examples):
+                return what.parse(self._upload_once(what.rpc, outgoing))
+            except StatusError as error:
+                again = upload.repeatable(examples)
+                # What was all taken may have arrived, though its answer did not.
+                if not breaks_off(error) or not (again or (what.own_id and outgoing.ended)):
                     raise
-                time.sleep(backoff.delay_after(error))
+                time.sleep(retry.delay_after(error, outgoing.taken))
+                found = self._uploaded(what, retry)
+                if found.task and what.own_id:
+                    return cast(T, self.task(found.task))
+                if not again:
+                    raise
+                # A task under an id that others may have used is compared by the server.
+                retry.go_on_from(0 if found.task else found.count)
 
-    def _upload_once(self, rpc: channel.Rpc, messages: Iterable[Message]) -> Any:
-        # After an error on this side the upload has no end, and the server keeps nothing of it.
-        outgoing = _Outgoing(messages)
+    def _uploaded(self, what: upload.Upload[T], retry: UploadRetry) -> calls.Uploaded:
+        """Return how much of an upload the server has."""
+        while what.request_id:
+            try:
+                return self._unary(calls.query_upload(self._names, what.request_id))
+            except UnavailableError as error:
+                time.sleep(retry.delay_after(error))
+            except StatusError as error:
+                if error.code not in ("NOT_FOUND", "UNIMPLEMENTED"):  # the latter of older servers
+                    raise
+                break
+        return calls.Uploaded(0, "")
+
+    def _upload_once(self, rpc: channel.Rpc, outgoing: _Outgoing[Message]) -> Any:
+        # After an error on this side the upload has no end, and nothing is learned of it.
         call = self._stubs[rpc].future(outgoing, wait_for_ready=self._wait_for_ready)
         try:
             return call.result()
@@ -323,23 +349,32 @@ class _Outgoing(Generic[T]):
 
     Args:
         items: What to iterate over.
+
+    Attributes:
+        taken: How many were.
+        ended: Whether there were no more.
     """
 
     def __init__(self, items: Iterable[T]) -> None:
         self._items = iter(items)
         self._error: Exception | None = None
+        self.taken = 0
+        self.ended = False
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> T:
         try:
-            return next(self._items)
+            item = next(self._items)
         except StopIteration:
+            self.ended = True
             raise
         except Exception as error:
             self._error = error
             raise StopIteration from None
+        self.taken += 1
+        return item
 
     def raise_error(self) -> None:
         """Raise the error that ended the iteration, if one did."""

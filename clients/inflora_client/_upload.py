@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypedDict, TypeVar
 
 from google.protobuf.message import Message
@@ -30,7 +31,7 @@ class LearnOptions(TypedDict, total=False):
     Attributes:
         display_name: Free text for people, at most 200 characters.
         request_id: At most 128 characters. The same id with the same content returns the task that
-            exists. By default, or empty, a new random one.
+            exists. By default, or empty, a new random one. The server knows a broken upload by it.
         epochs: Passes over the training images, 1 to 10000.
         learning_rate: Base learning rate, above 0 and at most 10.
         rank: Upper bound of the rank of the update in every layer, 1 to 1024.
@@ -58,18 +59,28 @@ class Upload(Generic[T]):
         request: Type of its requests, whose fields are ``spec``, ``examples`` and ``end``.
         spec: What goes first.
         parse: Turns the response into what the caller gets.
+        request_id: Under which the server keeps what there is of it when it breaks off; empty if
+            it does not.
+        own_id: Whether nobody else can have used that id.
     """
 
     rpc: channel.Rpc
     request: Callable[..., Message]
     spec: Message
     parse: Callable[[Any], T]
+    request_id: str = ""
+    own_id: bool = False
 
-    def messages(self, examples: Examples) -> Iterator[Message]:
-        """Yield the messages, reading images as they are needed."""
-        batcher, count = Batcher(), 0
-        yield self.request(spec=self.spec)
-        for image, label in examples:
+    def messages(self, examples: Examples, start: int = 0) -> Iterator[Message]:
+        """Yield the messages, reading images as they are needed.
+
+        Args:
+            examples: All of them.
+            start: How many of them the server has already; their images are not read.
+        """
+        batcher, count = Batcher(), start
+        yield self.request(spec=self._spec_from(start))
+        for image, label in islice(examples, start, None):
             for batch in batcher.add(read_image(image), label):
                 yield self.request(examples=batch)
             count += 1
@@ -77,13 +88,28 @@ class Upload(Generic[T]):
             yield self.request(examples=batch)
         yield self.request(end=learner_service_pb2.UploadEnd(example_count=count))
 
+    def _spec_from(self, start: int) -> Message:
+        if not isinstance(self.spec, task_pb2.TaskSpec):
+            return self.spec
+        spec = task_pb2.TaskSpec()
+        spec.CopyFrom(self.spec)
+        spec.resume_from = start
+        return spec
+
 
 def learn(names: Names, options: LearnOptions) -> Upload[Task]:
     """LearnTask, with a random request id where the caller gave none."""
     spec = task_pb2.TaskSpec(parent=names.model, **options)
+    own_id = not spec.request_id
     spec.request_id = spec.request_id or new_request_id()
-    request = learner_service_pb2.LearnTaskRequest
-    return Upload(channel.LEARN_TASK, request, spec, lambda r: parse.task(r.task))
+    return Upload(
+        channel.LEARN_TASK,
+        learner_service_pb2.LearnTaskRequest,
+        spec,
+        lambda r: parse.task(r.task),
+        request_id=spec.request_id,
+        own_id=own_id,
+    )
 
 
 def evaluate(names: Names, version: VersionRef | None, confusions: int) -> Upload[Evaluation]:
@@ -99,7 +125,7 @@ def evaluate(names: Names, version: VersionRef | None, confusions: int) -> Uploa
 
 def repeatable(examples: AnyExamples) -> bool:
     """Whether the examples can be sent once more: an iterator is used up by the first upload."""
-    return isinstance(examples, Sequence)
+    return not isinstance(examples, Iterator | AsyncIterator)
 
 
 class Batcher:

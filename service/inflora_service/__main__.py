@@ -8,11 +8,14 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from inflora_core.config import PRESETS, LearnConfig, preset
+from pydantic import ValidationError
+
+from inflora_core.config import PRESETS, LearnConfig, Limits, preset
 from inflora_core.errors import InfloraError, InvalidInputError
 from inflora_service import backbone_source
+from inflora_service.examples import KeepExamples
 from inflora_service.server import Settings, serve
 
 log = logging.getLogger("inflora_service")
@@ -27,6 +30,14 @@ _LEARN_OPTIONS = (
     "expected_tasks",
 )
 """Fields of ``LearnConfig`` with an option of their own; ``--set`` reaches the others."""
+
+
+_LIMIT_OPTIONS = {
+    "upload_seconds": "how long an upload that broke off can be continued",
+    "upload_idle_seconds": "longest wait for the next message of an upload",
+    "reserve_bytes": "what stays free on the disk, or nothing is accepted",
+}
+"""Fields of ``Limits`` with an option of their own."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     add(group, "--provider", defaults.provider, "what predicts", choices=("auto", "cpu", "cuda"))
     add(group, "--predict-threads", 0, "threads of a prediction; 0: one a processor", type=int)
 
+    group = parser.add_argument_group("uploads and the disk")
+    add(
+        group,
+        "--keep-examples",
+        defaults.keep_examples,
+        "how long examples are kept once their task has ended",
+        choices=get_args(KeepExamples),
+    )
+    for name, text in _LIMIT_OPTIONS.items():
+        default = getattr(defaults.limits, name)
+        add(group, f"--{name.replace('_', '-')}", default, text, type=type(default))
+
     levels = ("debug", "info", "warning", "error")
     add(parser, "--log-level", "info", "least severe messages to log", choices=levels)
     return parser
@@ -102,6 +125,15 @@ def _learn_config(arguments: argparse.Namespace) -> LearnConfig:
     return preset(arguments.preset).updated(**changes)
 
 
+def _limits(arguments: argparse.Namespace) -> Limits:
+    try:
+        return Limits.model_validate({name: getattr(arguments, name) for name in _LIMIT_OPTIONS})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise InvalidInputError(f"--{option}: {first['msg']}") from error
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     return Settings(
         store=arguments.store,
@@ -114,6 +146,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         predict_threads=arguments.predict_threads,
         learn_threads=arguments.learn_threads,
         device=arguments.device,
+        keep_examples=arguments.keep_examples,
+        limits=_limits(arguments),
         drain_seconds=arguments.drain_seconds,
     )
 

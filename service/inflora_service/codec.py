@@ -32,6 +32,7 @@ from inflora_core.model import (
     FileEntry,
     Forget,
     HeldOut,
+    Task,
     TaskReport,
     TaskState,
     Version,
@@ -45,6 +46,7 @@ from inflora_service.names import (
     version_name,
 )
 from inflora_service.records import Snapshot
+from inflora_service.resuming import PartialUpload
 from inflora_service.serving import Answer
 from inflora_service.tasks import EditRequest
 from inflora_service.uploads import Example, TaskRequest
@@ -106,7 +108,38 @@ def decode_spec(spec: pb.TaskSpec, config: LearnConfig) -> TaskRequest:
         name: getattr(spec, name) for name in _SETTINGS if spec.HasField(name)
     }
     config.updated(**settings)
-    return TaskRequest(spec.display_name, spec.request_id, settings)
+    if spec.resume_from < 0:
+        raise InvalidInputError("it is a number of examples", field="resume_from")
+    if spec.resume_from and not spec.request_id:
+        raise InvalidInputError("it is needed to continue an upload", field="request_id")
+    return TaskRequest(spec.display_name, spec.request_id, settings, spec.resume_from)
+
+
+def decode_upload_query(request: learner_pb.QueryUploadRequest) -> str:
+    """Return the request id that is asked about.
+
+    Raises:
+        InvalidInputError: a field is not acceptable.
+        NotFoundError: there is no such model.
+    """
+    check_model(request.parent, field="parent")
+    _check_length(request.request_id, MAX_REQUEST_ID, "request_id")
+    if not request.request_id:
+        raise InvalidInputError("say which upload is meant", field="request_id")
+    return request.request_id
+
+
+def encode_upload(found: PartialUpload | Task) -> learner_pb.QueryUploadResponse:
+    """Return how far an upload has come as clients see it."""
+    if isinstance(found, Task):
+        return learner_pb.QueryUploadResponse(
+            example_count=sum(found.example_counts),
+            example_bytes=found.example_bytes,
+            task=task_name(found.id),
+        )
+    response = learner_pb.QueryUploadResponse(example_count=found.count, example_bytes=found.size)
+    response.expire_time.FromDatetime(found.expire_time)
+    return response
 
 
 @dataclass(frozen=True)

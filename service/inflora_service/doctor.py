@@ -32,7 +32,7 @@ from inflora_core.errors import (
     UnavailableError,
 )
 from inflora_core.model import Forget, Task, TaskKind, TaskState, Version, VersionState
-from inflora_core.spool import check_spool
+from inflora_core.spool import ORIGIN, check_spool
 from inflora_core.store import MODEL, ONNX_FILE, Forgotten, Store
 from inflora_service import backbone_source, records
 from inflora_service.records import TaskRecords, task_content
@@ -544,7 +544,13 @@ class _Examination:
             return
         for folder in sorted(spools.iterdir()) if spools.is_dir() else ():
             task = tasks.get(folder.name)
-            if task is None or task.state.ended:
+            if task is None and (folder / ORIGIN).exists():
+                yield _note(
+                    f"spool/{folder.name}",
+                    "an upload broke off, and can be continued",
+                    "the server removes it when its time is over",
+                )
+            elif task is None or task.state.ended:
                 yield self._unsettled(
                     f"spool/{folder.name}",
                     "its task has ended" if task else "no task has these examples",

@@ -28,6 +28,7 @@ CODES: dict[type[errors.InfloraError], grpc.StatusCode] = {
     errors.InfloraError: grpc.StatusCode.INTERNAL,
     errors.InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidImageError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.BrokenOffError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnsupportedBackboneError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
@@ -71,9 +72,12 @@ def from_exception(error: Exception) -> errors.InfloraError:
         return error
     if isinstance(error, DecodeError):
         return errors.InvalidInputError("the message cannot be decoded; is it of this contract?")
-    if isinstance(error, OSError) and durable.is_full(error):
-        log.error("the disk is full: %s", error)
-        return errors.LimitExceededError("the server's disk is full; retry later")
+    if isinstance(error, MemoryError):
+        log.error("out of memory", exc_info=error)
+        return errors.LimitExceededError("the server is out of memory; retry later")
+    if isinstance(error, OSError) and (shortage := durable.shortage(error)) is not None:
+        log.error("%s: %s", shortage.message, error)
+        return shortage
     reference = uuid.uuid4().hex[:12]
     log.error("error %s", reference, exc_info=error)
     if isinstance(error, OSError):

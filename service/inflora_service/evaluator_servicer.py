@@ -25,7 +25,7 @@ class EvaluatorServicer(evaluator_service_pb2_grpc.EvaluatorServiceServicer):
         self, request_iterator: AsyncIterator[pb.EvaluateRequest], context: Context
     ) -> pb.EvaluateResponse:
         """Measure a version on an upload."""
-        first = await receiving.first_message(request_iterator)
+        first = await receiving.first_message(request_iterator, self._limits)
         with fields_under("spec."):
             spec = codec.decode_evaluation_spec(first.spec)
         async with AsyncExitStack() as stack:

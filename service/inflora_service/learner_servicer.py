@@ -26,13 +26,20 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         self, request_iterator: AsyncIterator[pb.LearnTaskRequest], context: Context
     ) -> pb.LearnTaskResponse:
         """Take an upload, and answer once it is a task."""
-        first = await receiving.first_message(request_iterator)
+        first = await receiving.first_message(request_iterator, self._limits)
         with fields_under("spec."):
             request = codec.decode_spec(first.spec, self._config)
-        async with await self._tasks.upload(request) as upload:
+        async with self._tasks.upload(request) as upload:
             await receiving.receive(request_iterator, upload, self._limits)
             task = await self._tasks.accept(upload, caller(context))
         return pb.LearnTaskResponse(task=codec.encode_task(await self._tasks.get(task.id)))
+
+    async def QueryUpload(
+        self, request: pb.QueryUploadRequest, context: Context
+    ) -> pb.QueryUploadResponse:
+        """Say how far an upload has come."""
+        found = await self._tasks.query_upload(codec.decode_upload_query(request))
+        return codec.encode_upload(found)
 
     async def ForgetClasses(
         self, request: pb.ForgetClassesRequest, context: Context

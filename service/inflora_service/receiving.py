@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol, TypeVar
 
 from inflora.v1 import evaluator_service_pb2, learner_service_pb2
 from inflora_core.config import Limits
-from inflora_core.errors import InvalidInputError
+from inflora_core.errors import BrokenOffError, InvalidInputError, UnavailableError
 from inflora_service import codec
 from inflora_service.uploads import Example
 
@@ -26,13 +27,14 @@ class Receiver(Protocol):
         """Raise ``InvalidInputError`` unless ``count`` examples have arrived."""
 
 
-async def first_message(requests: AsyncIterator[Request]) -> Request:
+async def first_message(requests: AsyncIterator[Request], limits: Limits) -> Request:
     """Return the first message of an upload.
 
     Raises:
         InvalidInputError: there is none, or it holds no spec.
+        UnavailableError: it does not come in time.
     """
-    first = await anext(requests, None)
+    first = await _next(requests, limits)
     if first is None or not first.HasField("spec"):
         raise InvalidInputError("the first message must hold the spec", field="spec")
     return first
@@ -42,12 +44,14 @@ async def receive(requests: AsyncIterator[Request], receiver: Receiver, limits: 
     """Give ``receiver`` all examples that follow the first message.
 
     Raises:
-        InvalidInputError: the messages are not examples and then one end, or break off.
+        InvalidInputError: the messages are not examples and then one end.
+        BrokenOffError: there is no end.
+        UnavailableError: the next message does not come in time.
         LimitExceededError: a message is over its limit.
         InfloraError: what ``receiver`` raises.
     """
     ended = False
-    async for message in requests:
+    while (message := await _next(requests, limits)) is not None:
         if ended:
             raise InvalidInputError("nothing may follow the end", field="payload")
         codec.check_size(message, limits, field="examples")
@@ -63,4 +67,17 @@ async def receive(requests: AsyncIterator[Request], receiver: Receiver, limits: 
                 raise InvalidInputError("the message is empty", field="payload")
     if not ended:
         # A client that vanished can look like one that closed its side of the stream.
-        raise InvalidInputError("the upload broke off: it has no end", field="end")
+        raise BrokenOffError("the upload broke off: it has no end", field="end")
+
+
+async def _next(requests: AsyncIterator[Request], limits: Limits) -> Request | None:
+    """Return the next message, None if there is none any more."""
+    seconds = limits.upload_idle_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            return await anext(requests, None)
+    except TimeoutError:
+        # A connection can be half dead for hours before the system notices.
+        raise UnavailableError(
+            f"the upload is ended: there was no message for {seconds:g} s"
+        ) from None

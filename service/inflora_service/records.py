@@ -276,8 +276,9 @@ class TaskRecords:
                 raise LimitExceededError("the server's disk is full; retry later") from error
             raise UnavailableError(f"the task records cannot be used: {error}") from error
         except OSError as error:
-            kind = LimitExceededError if durable.is_full(error) else UnavailableError
-            raise kind(f"the task records cannot be written: {error}") from error
+            raise durable.shortage(error) or UnavailableError(
+                f"the task records cannot be written: {error}"
+            ) from error
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.IntegrityError):
                 raise

@@ -40,12 +40,15 @@ from inflora_service.codec import receive_bytes
 from inflora_service.errors import ErrorInterceptor
 from inflora_service.evaluating import Evaluator
 from inflora_service.evaluator_servicer import EvaluatorServicer
+from inflora_service.examples import Examples, KeepExamples
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
 from inflora_service.model_servicer import ModelServicer
 from inflora_service.predictor_servicer import PredictorServicer
 from inflora_service.records import TaskRecords
+from inflora_service.resuming import Uploads
 from inflora_service.serving import ModelHost
+from inflora_service.space import Space
 from inflora_service.store_lock import StoreLock
 from inflora_service.tasks import TaskQueue
 
@@ -78,6 +81,7 @@ class Settings:
         predict_threads: Threads of one prediction; 0: one for each processor.
         learn_threads: Threads of the learning worker; 0: all processors but one.
         device: What the learning worker learns on: ``auto``, ``cpu`` or ``cuda``.
+        keep_examples: How long examples are kept once their task has ended.
         drain_seconds: How long running calls may take when the server stops.
         worker: How to start the learning worker; more arguments are appended.
     """
@@ -93,6 +97,7 @@ class Settings:
     predict_threads: int = 0
     learn_threads: int = 0
     device: str = "auto"
+    keep_examples: KeepExamples = "never"
     drain_seconds: float = 30.0
     worker: tuple[str, ...] = (sys.executable, "-m", "inflora_core.worker")
 
@@ -162,9 +167,15 @@ class Server:
             keep_open=[lock.descriptor],
             on_health=lambda healthy: self._set_health(LEARNER, healthy),
         )
-        tasks = TaskQueue(store, records, host, audit, learner, settings.learn, settings.limits)
+        examples = Examples(store.root, settings.keep_examples)
+        space = Space(store, settings.limits)
+        uploads = Uploads(examples, space, settings.limits)
+        tasks = TaskQueue(
+            *(store, records, host, audit, learner, settings.learn, settings.limits),
+            *(examples, uploads, space),
+        )
         self.host, self.tasks = host, tasks
-        undo.callback(tasks.close)
+        undo.push_async_callback(uploads.close)
         undo.push_async_callback(server.stop, settings.drain_seconds)
         undo.push_async_callback(learner.stop)
 

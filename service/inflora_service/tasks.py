@@ -11,14 +11,13 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import shutil
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-from inflora_core import edits, failpoints
+from inflora_core import edits
 from inflora_core.audit import SERVER
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import (
@@ -27,6 +26,7 @@ from inflora_core.errors import (
     InfloraError,
     LearnerCrashedError,
     LimitExceededError,
+    NotFoundError,
     StateError,
     UnavailableError,
 )
@@ -41,15 +41,17 @@ from inflora_core.model import (
     Version,
     now,
 )
-from inflora_core.predictor import processors
 from inflora_core.spool import SpoolSummary
 from inflora_core.store import Store
 from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
 from inflora_service.errors import from_exception
+from inflora_service.examples import Examples
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.records import Snapshot, TaskRecords, content_hash, task_content
+from inflora_service.resuming import PartialUpload, Uploads
 from inflora_service.serving import ModelHost
+from inflora_service.space import Space
 from inflora_service.uploads import TaskRequest, Upload
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,9 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 2.0
 """Between attempts to write a record that the disk does not take."""
+
+SWEEP_SECONDS = 30.0
+"""Between looks at what can be removed; more often where uploads are kept for less."""
 
 
 @dataclass
@@ -113,13 +118,16 @@ class TaskQueue:
     """Accepts tasks, has them worked on first come first served, and tells how they do.
 
     Args:
-        store: Where versions are; spools are in its folder ``spool``.
+        store: Where versions are.
         records: The tasks.
         host: Publishes versions.
         audit: Is told what becomes of tasks.
         learner: Learns tasks.
         config: Settings of tasks that ask for none.
         limits: What is refused.
+        examples: Where spools are.
+        uploads: What may become tasks.
+        space: Says whether there is room.
     """
 
     def __init__(
@@ -131,6 +139,9 @@ class TaskQueue:
         learner: LearnerProcess,
         config: LearnConfig,
         limits: Limits,
+        examples: Examples,
+        uploads: Uploads,
+        space: Space,
     ) -> None:
         self._store = store
         self._records = records
@@ -139,16 +150,16 @@ class TaskQueue:
         self._learner = learner
         self._config = config
         self._limits = limits
-        self._spools = store.root / "spool"
+        self._examples = examples
+        self._uploads = uploads
+        self._space = space
         self._live: dict[str, _Live] = {}
         self._queue: deque[_Live] = deque()
         self._publishable: list[tuple[_Live, int]] = []
         self._arrival = asyncio.Event()
         self._accepting = asyncio.Lock()
         self._stopping = False
-        self._runner: asyncio.Task[None] | None = None
-        # Half of the processors: checking an upload must not hold up predictions.
-        self._checkers = ThreadPoolExecutor(max(1, processors() // 2), "upload-check")
+        self._running: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Take up what the last process left, and begin."""
@@ -164,11 +175,16 @@ class TaskQueue:
                 await asyncio.to_thread(self._records.update, live.snapshot)
                 self._queue.append(live)
             self._live[task.id] = live
-        await asyncio.to_thread(self._remove_orphans)
+        await asyncio.to_thread(self._examples.open)
+        await asyncio.to_thread(self._uploads.adopt, list(self._live))
+        await self.sweep()
         if self._live:
             log.info("taking up %d tasks that have not ended", len(self._live))
             self._arrival.set()
-        self._runner = asyncio.create_task(self._run(), name="task-queue")
+        self._running = [
+            asyncio.create_task(self._run(), name="task-queue"),
+            asyncio.create_task(self._sweep_on(), name="task-sweep"),
+        ]
 
     async def stop(self) -> None:
         """Stop learning; what is not published by now is taken up at the next start.
@@ -179,30 +195,69 @@ class TaskQueue:
         self._stopping = True
         for live in self._live.values():
             live.notify()
-        if self._runner is not None:
-            self._runner.cancel()
+        for running in self._running:
+            running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._runner
+                await running
 
-    def close(self) -> None:
-        """Let the threads go once they are idle; uploads cannot go on."""
-        self._checkers.shutdown(wait=False, cancel_futures=True)
+    async def sweep(self) -> None:
+        """Remove uploads that nobody continued in time, and what could not be removed before.
+
+        With the spools of uploads that broke off with the last process and cannot be continued.
+        """
+        await self._uploads.expire()
+        for name in await asyncio.to_thread(self._examples.spooled):
+            if name not in self._live and not self._uploads.hold(name):
+                await asyncio.to_thread(self._settle, name)
+
+    async def _sweep_on(self) -> None:
+        while True:
+            await asyncio.sleep(min(SWEEP_SECONDS, max(0.1, self._limits.upload_seconds)))
+            try:
+                await self.sweep()
+            except OSError as error:
+                log.warning("cannot tidy up now, trying on: %s", error)
+
+    def _settle(self, spool: str) -> None:
+        try:
+            self._examples.settle(self._records.get(spool).task)
+        except NotFoundError:
+            # Of an upload that became no task. Of one whose record is lost, they are all there is.
+            if spool not in self._audit.lost_tasks:
+                self._examples.remove(spool)
+        except InfloraError as error:
+            log.warning("the spool %s stays for now: %s", spool, error)
 
     # -- accepting --------------------------------------------------------------------------
 
-    async def upload(self, request: TaskRequest) -> Upload:
-        """Return the upload of a new task, to be entered, filled, and given to ``accept``.
+    @asynccontextmanager
+    async def upload(self, request: TaskRequest) -> AsyncIterator[Upload]:
+        """The upload of a new task, to be filled, and given to ``accept``; see ``Uploads.open``.
 
         Raises:
-            LimitExceededError: the queue is full.
+            LimitExceededError: the queue or the disk is full.
+            StateError, ConflictError: it cannot be continued so.
         """
         try:
-            self._check_room()
+            await self._check_room()
         except LimitExceededError:
             # A request that was accepted before may be what fills the queue.
             if await asyncio.to_thread(self._records.by_request_id, request.request_id) is None:
                 raise
-        return Upload(request, self._spools / _new_id(), self._limits, self._checkers)
+        async with self._uploads.open(request, _new_id()) as upload:
+            yield upload
+
+    async def query_upload(self, request_id: str) -> PartialUpload | Task:
+        """Return how far an upload has come, or the task that the request became.
+
+        Raises:
+            NotFoundError: there is neither.
+        """
+        task = await asyncio.to_thread(self._records.by_request_id, request_id)
+        found = task or await self._uploads.query(request_id)
+        if found is None:
+            raise NotFoundError("nothing was uploaded under that id", field="request_id")
+        return found
 
     async def accept(self, upload: Upload, who: str) -> Task:
         """Make the finished upload a task, durable and queued.
@@ -240,18 +295,15 @@ class TaskQueue:
         return await unbroken(self._accept_edit(request, who))
 
     async def _accept(self, upload: Upload, who: str) -> Task:
-        summary = await asyncio.to_thread(upload.finish)
+        summary = await upload.finish()
         task = _new_task(upload, summary, who)
-        accepted = None
-        try:
-            async with self._accepting:
-                accepted = await self._earlier(task, "spec.request_id")
-                if accepted is None:
-                    accepted = await self._admit(task)
-        finally:
-            if accepted is not task:
-                await asyncio.to_thread(self._remove_spool, task.id)
-        return accepted
+        async with self._accepting:
+            earlier = await self._earlier(task, "spec.request_id")
+            if earlier is not None:
+                return earlier
+            accepted = await self._admit(task)
+            upload.accepted = True
+            return accepted
 
     async def _accept_edit(self, request: EditRequest, who: str) -> Task:
         task = _new_edit(request, who)
@@ -283,7 +335,7 @@ class TaskQueue:
         await asyncio.to_thread(edits.check, classes, edit, self._store.tables_for(edit))
 
     async def _admit(self, task: Task) -> Task:
-        self._check_room()
+        await self._check_room()
         await asyncio.to_thread(self._records.insert, task)
         try:
             await self._audit.accepted(task)
@@ -303,11 +355,13 @@ class TaskQueue:
         )
         return task
 
-    def _check_room(self) -> None:
+    async def _check_room(self) -> None:
         if len(self._queue) >= self._limits.queued_tasks:
             raise LimitExceededError(
                 f"{len(self._queue)} tasks are queued already: retry when one has ended"
             )
+        # What was accepted before needs room for its versions, too.
+        await asyncio.to_thread(self._space.check, versions=len(self._live) + 1)
 
     # -- looking ----------------------------------------------------------------------------
 
@@ -449,7 +503,7 @@ class TaskQueue:
         if isinstance(live.task.edit, Forget):
             version = await self._forget(live, live.task.edit, number)
         else:
-            version = await self._host.promote(number, SERVER)
+            version = await _as_often_as_it_takes(lambda: self._host.promote(number, SERVER))
         await self._end(live, TaskState.PUBLISHED, version=number, report=version.report)
 
     async def _make_version(self, live: _Live, parent: int | None) -> int:
@@ -458,7 +512,7 @@ class TaskQueue:
             return await self._learner.edit(task.id, task.edit, parent, live.on_progress)
         return await self._learner.learn(
             task.id,
-            self._spools / task.id,
+            self._examples.spools / task.id,
             self._config.updated(**task.settings),
             parent,
             live.on_progress,
@@ -474,6 +528,9 @@ class TaskQueue:
                     return version
                 # Names go from the manifests last: nowhere else is it written what they were.
                 names |= await asyncio.to_thread(self._store.names_of, version.forgets)
+                await asyncio.to_thread(
+                    self._examples.purge, version.forgets, names, self._store.manifests()
+                )
                 for other in self._live.values():
                     other.task = other.task.withholding(names)
                 await asyncio.to_thread(self._records.redact, names, live.task.id)
@@ -494,7 +551,7 @@ class TaskQueue:
         if live.task.withheld:
             with contextlib.suppress(InfloraError):  # the next change that fills the log does it
                 await asyncio.to_thread(self._records.scrub)
-        await asyncio.to_thread(self._remove_spool, ended.id)
+        await asyncio.to_thread(self._examples.settle, ended)
         del self._live[ended.id]
         live.change(ended)
         log.info("task %s is %s", ended.id, state)
@@ -512,23 +569,15 @@ class TaskQueue:
                 log.warning("cannot write a task's record, trying on: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 
-    def _remove_spool(self, task: str) -> None:
-        try:
-            failpoints.reach("spool.delete")
-            shutil.rmtree(self._spools / task)
-            failpoints.reach("spool.deleted")
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            log.warning("the spool of task %s stays until the next start: %s", task, error)
 
-    def _remove_orphans(self) -> None:
-        """Remove spools of uploads that broke off with the last process, and of ended tasks."""
-        self._spools.mkdir(exist_ok=True)
-        for folder in self._spools.iterdir():
-            # Of a task whose record is lost, the examples are all that is left.
-            if folder.name not in self._live and folder.name not in self._audit.lost_tasks:
-                self._remove_spool(folder.name)
+async def _as_often_as_it_takes(work: Callable[[], Coroutine[None, None, Version]]) -> Version:
+    """Publish a version that is durable: its task cannot fail any more for want of something."""
+    while True:
+        try:
+            return await work()
+        except (OSError, LimitExceededError, UnavailableError) as error:
+            log.warning("cannot publish yet, trying on: %s", error)
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 def _new_id() -> str:

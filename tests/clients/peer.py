@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +28,7 @@ from inflora_client import RetryPolicy
 QUICK = RetryPolicy(max_attempts=3, initial_backoff=0.01, max_backoff=0.01, patience=0.0)
 PAGE = 2
 CHUNK = 10
+RESUME = "spec.resume_from"
 
 
 def status(
@@ -62,6 +63,11 @@ class Peer:
         versions: By name.
         evaluation: What an evaluation finds; version and images are filled in.
         content: What an artifact holds.
+        uploads: Examples that have arrived of uploads that are no tasks yet, by request id.
+        upload_breaks: After how many batches of examples the next uploads break off.
+        on_query: Called before a query of an upload is answered.
+        stale_counts: What the next queries say instead of how many examples have arrived.
+        lost_answers: With what the next uploads fail although they became tasks.
         breaks: After how many further bytes the next downloads break off.
         attached: Set once a watch is attached.
         upload_begun: Set once an upload has reached the server.
@@ -81,6 +87,11 @@ class Peer:
         self.announced_size: int | None = None
         self.skip = 0
         self.breaks: deque[int] = deque()
+        self.uploads: dict[str, list[task_pb2.Example]] = {}
+        self.upload_breaks: deque[int] = deque()
+        self.on_query: Callable[[], object] = lambda: None
+        self.stale_counts: deque[int] = deque()
+        self.lost_answers: deque[status_pb2.Status] = deque()
         self.current = 0
         self.attached = threading.Event()
         self.upload_begun = threading.Event()
@@ -171,14 +182,23 @@ class Learner(learner_grpc.LearnerServiceServicer):
         self.peer.upload_begun.set()
         messages = [next(requests)]
         self.peer.arrive("LearnTask", messages, context)
-        for message in requests:
-            messages.append(message)
         spec = messages[0].spec
-        examples = [e for m in messages[1:] for e in m.examples.examples]
+        examples = self.peer.uploads.setdefault(spec.request_id, [])
+        if spec.resume_from not in (0, len(examples)):
+            message = f"{len(examples)} are there"
+            abort(context, status("FAILED_PRECONDITION", message, fields={RESUME: message}))
+        del examples[spec.resume_from :]
+        breaks = self.peer.upload_breaks.popleft() if self.peer.upload_breaks else None
+        for message in requests:
+            if breaks is not None and len(messages) > breaks:
+                abort(context, status("UNAVAILABLE"))
+            messages.append(message)
+            examples += message.examples.examples
         if messages[-1] != learner.LearnTaskRequest(
             end=learner.UploadEnd(example_count=len(examples))
         ):
             abort(context, status("INVALID_ARGUMENT", "the upload has no end"))
+        del self.peer.uploads[spec.request_id]
         labels = dict.fromkeys(e.label for e in examples)
         task = self.peer.add_task(
             f"t{len(self.peer.tasks) + 1}",
@@ -191,7 +211,24 @@ class Learner(learner_grpc.LearnerServiceServicer):
                 for x in labels
             ],
         )
+        if self.peer.lost_answers:
+            abort(context, self.peer.lost_answers.popleft())
         return learner.LearnTaskResponse(task=task)
+
+    def QueryUpload(
+        self, request: learner.QueryUploadRequest, context: grpc.ServicerContext
+    ) -> learner.QueryUploadResponse:
+        self.peer.arrive("QueryUpload", request, context)
+        self.peer.on_query()
+        for task in self.peer.tasks.values():
+            if task.request_id == request.request_id:
+                return learner.QueryUploadResponse(task=task.name)
+        if request.request_id not in self.peer.uploads:
+            abort(context, status("NOT_FOUND"))
+        count = len(self.peer.uploads[request.request_id])
+        if self.peer.stale_counts:
+            count = self.peer.stale_counts.popleft()
+        return learner.QueryUploadResponse(example_count=count)
 
     def ForgetClasses(
         self, request: learner.ForgetClassesRequest, context: grpc.ServicerContext

@@ -108,6 +108,84 @@ class TestLearn:
             client.learn(iter([(b"1", "a")]))
         assert len(peer.calls["LearnTask"]) == 1
 
+    def test_goes_on_where_it_broke_off(self, client: Client, peer: Peer) -> None:
+        images = [bytes([number]) * 300_000 for number in range(8)]
+        peer.upload_breaks += [3, 0, 2]
+        learned = client.learn([(image, "a") for image in images], epochs=3)
+        assert learned.example_count == 8
+        uploads = peer.calls["LearnTask"]
+        assert [u[0].spec.resume_from for u in uploads] == [0, 3, 3, 5]
+        sent = [[e.image[0] for m in u[1:] for e in m.examples.examples] for u in uploads]
+        assert sent == [[0, 1, 2], [], [3, 4], [5, 6, 7]]
+        assert uploads[-1][-1].end.example_count == 8
+        for upload in uploads:
+            upload[0].spec.resume_from = 0
+            assert upload[0] == uploads[0][0], "the spec is the same otherwise"
+
+    def test_does_not_read_again_what_has_arrived(
+        self, client: Client, peer: Peer, tmp_path: Path
+    ) -> None:
+        class Folder:
+            """No sequence, and no iterator."""
+
+            def __iter__(self) -> Iterator[tuple[Path, str]]:
+                for number in range(6):
+                    yield tmp_path / str(number), "a"
+
+        for number in range(6):
+            (tmp_path / str(number)).write_bytes(bytes([number]) * 600_000)
+        peer.upload_breaks.append(3)
+
+        def remove_what_arrived() -> None:
+            for number in range(3):
+                (tmp_path / str(number)).unlink()
+
+        peer.on_query = remove_what_arrived
+        assert client.learn(Folder()).example_count == 6
+
+    def test_goes_on_after_being_out_of_step(self, client: Client, peer: Peer) -> None:
+        peer.upload_breaks.append(3)
+        peer.stale_counts.append(2)
+        assert client.learn([(bytes(600_000), "a")] * 5).example_count == 5
+        uploads = peer.calls["LearnTask"]
+        assert [u[0].spec.resume_from for u in uploads] == [0, 2, 3]
+
+    def test_gives_up_an_upload_that_gets_no_further(self, client: Client, peer: Peer) -> None:
+        peer.upload_breaks += [0] * 9
+        with pytest.raises(UnavailableError):
+            client.learn([(bytes(600_000), "a")] * 5)
+        assert len(peer.calls["LearnTask"]) == 3
+
+    def test_begins_anew_where_nothing_was_kept(self, client: Client, peer: Peer) -> None:
+        peer.upload_breaks.append(2)
+        peer.on_query = peer.uploads.clear
+        assert client.learn([(bytes(600_000), "a")] * 4).example_count == 4
+        assert [u[0].spec.resume_from for u in peer.calls["LearnTask"]] == [0, 0]
+
+    def test_goes_on_with_a_server_that_knows_no_query(self, client: Client, peer: Peer) -> None:
+        peer.upload_breaks.append(2)
+        peer.failures["QueryUpload"].append(status("UNIMPLEMENTED"))
+        assert client.learn([(bytes(600_000), "a")] * 4).example_count == 4
+        assert [u[0].spec.resume_from for u in peer.calls["LearnTask"]] == [0, 0]
+
+    @pytest.mark.parametrize("once", [False, True])
+    def test_finds_the_task_whose_answer_was_lost(
+        self, client: Client, peer: Peer, once: bool
+    ) -> None:
+        peer.lost_answers.append(status("UNAVAILABLE"))
+        examples = [(b"1", "a"), (b"2", "b")]
+        learned = client.learn(iter(examples) if once else examples)
+        assert (learned.name, learned.example_count) == (NAME, 2)
+        assert len(peer.calls["LearnTask"]) == 1
+
+    def test_has_the_server_compare_under_an_id_of_the_caller(
+        self, client: Client, peer: Peer
+    ) -> None:
+        """The task may be another, of an earlier use of the id."""
+        peer.lost_answers.append(status("UNAVAILABLE"))
+        client.learn([(b"1", "a"), (b"2", "b")], request_id="mine")
+        assert [u[0].spec.resume_from for u in peer.calls["LearnTask"]] == [0, 0]
+
     def test_keeps_nothing_after_an_error_on_this_side(
         self, client: Client, peer: Peer, tmp_path: Path
     ) -> None:

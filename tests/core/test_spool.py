@@ -13,7 +13,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from inflora_core.errors import DamagedError
-from inflora_core.spool import SpoolSummary, SpoolWriter, read_spool
+from inflora_core.spool import (
+    IMAGES,
+    INDEX,
+    ORIGIN,
+    STEP_BYTES,
+    SpoolSummary,
+    SpoolWriter,
+    read_labels,
+    read_origin,
+    read_spool,
+    recover,
+)
 
 Examples = list[tuple[bytes, str]]
 
@@ -175,7 +186,7 @@ def test_a_spool_that_is_not_there_is_damaged(tmp_path: Path) -> None:
 def test_an_aborted_writer_leaves_nothing(tmp_path: Path) -> None:
     with SpoolWriter(tmp_path / "spool") as spool:
         spool.add(b"image", "cat")
-        assert (spool.count, spool.size) == (1, 5)
+        assert (spool.state.count, spool.state.size) == (1, 5)
     assert not list(tmp_path.iterdir())
 
 
@@ -214,3 +225,106 @@ def test_a_spool_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         SpoolWriter(tmp_path / "spool")
     assert list(read_spool(tmp_path / "spool")) == SOME
+
+
+# -- going on after a break ---------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    EXAMPLES,
+    st.sets(st.integers(0, 12)),
+    st.booleans(),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.binary(max_size=30),
+)
+def test_what_a_power_cut_leaves_is_continued(
+    examples: Examples,
+    flushes: set[int],
+    sealed: bool,
+    images_kept: float,
+    index_kept: float,
+    garbage: bytes,
+) -> None:
+    """Of what was not flushed, any part can be there, and anything in place of the index's end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "spool"
+        with SpoolWriter(folder, {"request": "r"}) as spool:
+            sizes = [(folder / file).stat().st_size for file in (IMAGES, INDEX)]
+            for number, (image, label) in enumerate(examples):
+                spool.add(image, label)
+                if number in flushes:
+                    spool.flush()
+                    sizes = [(folder / file).stat().st_size for file in (IMAGES, INDEX)]
+            durable_count = spool.durable_count
+            if sealed:
+                spool.finish()
+            spool.suspend()
+        for file, durable, kept in zip(
+            (IMAGES, INDEX), sizes, (images_kept, index_kept), strict=True
+        ):
+            content = (folder / file).read_bytes()
+            length = durable + int(kept * (len(content) - durable))
+            (folder / file).write_bytes(content[:length] + (garbage if file == INDEX else b""))
+
+        state = recover(folder)
+        assert durable_count <= state.count <= len(examples)
+        assert recover(folder).count == state.count, "once is enough"
+        assert read_origin(folder) == {"request": "r"}
+        with SpoolWriter(folder, state=recover(folder)) as spool:
+            for image, label in examples[state.count :]:
+                spool.add(image, label)
+            summary = spool.finish()
+        assert list(read_spool(folder)) == examples
+        assert read_labels(folder) == summary.labels
+        assert summary == write(Path(name) / "uninterrupted", examples)
+        for file in (IMAGES, INDEX):
+            expected = (Path(name) / "uninterrupted" / file).read_bytes()
+            assert (folder / file).read_bytes() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from([IMAGES, INDEX]),
+    position=st.integers(0, 2**16),
+    mask=st.integers(1, 255),
+)
+def test_what_is_recovered_is_what_was_written(
+    intact: Path, name: str, position: int, mask: int
+) -> None:
+    """Whichever byte is damaged: also one of a label, for which only the seal vouched before."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = shutil.copytree(intact, Path(root) / "spool")
+        content = bytearray((folder / name).read_bytes())
+        content[position % len(content)] ^= mask
+        (folder / name).write_bytes(content)
+        state = recover(folder)
+        with SpoolWriter(folder, state=state) as spool:
+            spool.finish()
+        assert list(read_spool(folder)) == SOME[: state.count]
+
+
+def test_a_writer_flushes_by_itself(tmp_path: Path) -> None:
+    with SpoolWriter(tmp_path / "spool", {}) as spool:
+        for _ in range(5):
+            spool.add(bytes(STEP_BYTES // 2), "cat")
+        assert (spool.durable_count, spool.durable_size) == (4, 2 * STEP_BYTES)
+        spool.suspend()
+    assert recover(tmp_path / "spool").count in (4, 5)
+
+
+@pytest.mark.parametrize("change", [b"", b"{}", b"[]", b"null", b'{"upload": {"a": 2}}'])
+def test_a_damaged_origin_is_found(tmp_path: Path, change: bytes) -> None:
+    folder = tmp_path / "spool"
+    with SpoolWriter(folder, {"a": 1}) as spool:
+        spool.suspend()
+    content = (folder / ORIGIN).read_bytes()
+    assert read_origin(folder) == {"a": 1}
+    for damaged in (change, content[:-2], content.replace(b"1", b"2", 1), content + b" "):
+        (folder / ORIGIN).write_bytes(damaged)
+        with pytest.raises(DamagedError, match=r"upload\.json"):
+            read_origin(folder)
+    (folder / ORIGIN).unlink()
+    with pytest.raises(DamagedError, match=r"upload\.json"):
+        read_origin(folder)

@@ -267,7 +267,9 @@ def settings(tmp_path: Path, prepared_store: Path, script: Script, monkeypatch: 
     return Settings(
         store=tmp_path / "store",
         port=0,
-        limits=Limits(message_bytes=2**20, predict_images=4, task_images=100, queued_tasks=3),
+        limits=Limits(
+            message_bytes=2**20, predict_images=4, task_images=100, queued_tasks=3, reserve_bytes=0
+        ),
         predict_threads=1,
         drain_seconds=5.0,
         worker=(sys.executable, str(WORKER), "--script", str(script.path)),

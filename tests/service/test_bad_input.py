@@ -23,6 +23,7 @@ from tests.service.conftest import GREEN, RED, Running, Script, fails, png, uplo
 from tests.service.mean_colour import publish_colours
 
 INVALID = ("INVALID_ARGUMENT", "INVALID_INPUT")
+BROKEN_OFF = ("INVALID_ARGUMENT", "BROKEN_OFF")
 IMAGE = ("INVALID_ARGUMENT", "INVALID_IMAGE")
 LIMIT = ("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED")
 STATE = ("FAILED_PRECONDITION", "WRONG_STATE")
@@ -132,6 +133,9 @@ SPECS: dict[str, tuple[dict[str, Any], tuple[str, str], str]] = {
     "long request id": ({"request_id": "x" * 129}, INVALID, "spec.request_id"),
     "no model's name": ({"parent": "default"}, INVALID, "spec.parent"),
     "unknown model": ({"parent": "models/other"}, NOT_FOUND, "spec.parent"),
+    "a negative start": ({"resume_from": -1, "request_id": "a"}, INVALID, "spec.resume_from"),
+    "a start of nothing": ({"resume_from": 1}, INVALID, "spec.request_id"),
+    "a start after nothing": ({"resume_from": 1, "request_id": "a"}, STATE, "spec.resume_from"),
 }
 
 
@@ -184,7 +188,8 @@ SEQUENCES: dict[str, tuple[list[learner_pb.LearnTaskRequest], str]] = {
 async def test_sequences_of_messages(
     running: Running, messages: list[learner_pb.LearnTaskRequest], field: str
 ) -> None:
-    with fails(*INVALID, field=field):
+    status = BROKEN_OFF if field == "end" else INVALID
+    with fails(*status, field=field):
         await running.learner.LearnTask(iter(messages))
     await assert_unharmed(running)
 

@@ -22,7 +22,7 @@ from inflora.v1 import model_service_pb2 as model_pb
 from inflora_core import audit
 from inflora_core.errors import InfloraError, NotFoundError, StoreFormatError, UnavailableError
 from inflora_core.model import ContinualModel
-from inflora_core.spool import SpoolWriter, check_spool
+from inflora_core.spool import ORIGIN, SpoolWriter, check_spool
 from inflora_core.store import ONNX_FILE, Store
 from inflora_service import store_lock
 from inflora_service.doctor import Diagnosis, Severity, examine
@@ -242,6 +242,19 @@ REPAIRED: dict[str, Callable[[Path], None]] = {
         spoil(root / VERSIONS / "00000006" / ONNX_FILE),
     )[0],
 }
+
+
+def test_an_upload_that_broke_off_is_no_fault(store: Path) -> None:
+    """It can be continued, and the server knows for how long."""
+    folder = store / "spool" / "20260101-000000-00000000"
+    folder.mkdir()
+    (folder / ORIGIN).write_text("{}")
+    for repair in (False, True):
+        (finding,) = (
+            each for each in examine(store, repair=repair).found if "broke" in each.problem
+        )
+        assert (finding.severity, finding.path) == (Severity.NOTE, f"spool/{folder.name}")
+    assert folder.exists()
 
 
 def tear(path: Path) -> None:

@@ -59,7 +59,13 @@ def test_any_message_fits_the_metadata(message: str) -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), core.LimitExceededError),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), core.LimitExceededError),
+        (OSError(errno.EFBIG, "File too large"), core.LimitExceededError),
+        (OSError(errno.EMFILE, "Too many open files"), core.LimitExceededError),
+        (OSError(errno.ENFILE, "Too many open files in system"), core.LimitExceededError),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), core.LimitExceededError),
+        (MemoryError(), core.LimitExceededError),
         (OSError(errno.EROFS, "Read-only file system"), core.UnavailableError),
+        (OSError(errno.EIO, "secret"), core.UnavailableError),
         (PermissionError(errno.EACCES, "secret"), core.UnavailableError),
         (KeyError("secret"), core.InfloraError),
         (core.NotFoundError("no such thing"), core.NotFoundError),

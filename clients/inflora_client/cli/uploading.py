@@ -41,7 +41,7 @@ def upload(examples: Sequence[Example], send: Callable[[Sequence[Example]], T]) 
     except InvalidArgumentError as error:
         fail(f"{error}{_files_at_fault(error, examples)}", EXIT_REFUSED)
     except KeyboardInterrupt:
-        note("upload stopped; the server keeps nothing of it")
+        note("upload stopped; nothing is learned of it")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

@@ -22,46 +22,51 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from inflora.v1 import task_pb2 as inflora_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n inflora/v1/learner_service.proto\x12\ninflora.v1\x1a\x15inflora/v1/task.proto\"\x97\x01\n\x10LearnTaskRequest\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x14.inflora.v1.TaskSpecH\x00\x12,\n\x08\x65xamples\x18\x02 \x01(\x0b\x32\x18.inflora.v1.ExampleBatchH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.inflora.v1.UploadEndH\x00\x42\t\n\x07payload\"\"\n\tUploadEnd\x12\x15\n\rexample_count\x18\x01 \x01(\x05\"3\n\x11LearnTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\"Y\n\x14\x46orgetClassesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12\r\n\x05purge\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"7\n\x15\x46orgetClassesResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\"\x9a\x01\n\x12UpdateClassRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x16\n\tnew_label\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x0b\x61\x64\x64_aliases\x18\x04 \x03(\t\x12\x16\n\x0eremove_aliases\x18\x05 \x03(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x0c\n\n_new_label\"5\n\x13UpdateClassResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\" \n\x10WatchTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x11WatchTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x0fGetTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\"I\n\x10ListTasksRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"M\n\x11ListTasksResponse\x12\x1f\n\x05tasks\x18\x01 \x03(\x0b\x32\x10.inflora.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11\x43\x61ncelTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x12\x43\x61ncelTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task2\xa9\x04\n\x0eLearnerService\x12J\n\tLearnTask\x12\x1c.inflora.v1.LearnTaskRequest\x1a\x1d.inflora.v1.LearnTaskResponse(\x01\x12T\n\rForgetClasses\x12 .inflora.v1.ForgetClassesRequest\x1a!.inflora.v1.ForgetClassesResponse\x12N\n\x0bUpdateClass\x12\x1e.inflora.v1.UpdateClassRequest\x1a\x1f.inflora.v1.UpdateClassResponse\x12J\n\tWatchTask\x12\x1c.inflora.v1.WatchTaskRequest\x1a\x1d.inflora.v1.WatchTaskResponse0\x01\x12\x42\n\x07GetTask\x12\x1a.inflora.v1.GetTaskRequest\x1a\x1b.inflora.v1.GetTaskResponse\x12H\n\tListTasks\x12\x1c.inflora.v1.ListTasksRequest\x1a\x1d.inflora.v1.ListTasksResponse\x12K\n\nCancelTask\x12\x1d.inflora.v1.CancelTaskRequest\x1a\x1e.inflora.v1.CancelTaskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n inflora/v1/learner_service.proto\x12\ninflora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15inflora/v1/task.proto\"\x97\x01\n\x10LearnTaskRequest\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x14.inflora.v1.TaskSpecH\x00\x12,\n\x08\x65xamples\x18\x02 \x01(\x0b\x32\x18.inflora.v1.ExampleBatchH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.inflora.v1.UploadEndH\x00\x42\t\n\x07payload\"\"\n\tUploadEnd\x12\x15\n\rexample_count\x18\x01 \x01(\x05\"3\n\x11LearnTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\"8\n\x12QueryUploadRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x82\x01\n\x13QueryUploadResponse\x12\x15\n\rexample_count\x18\x01 \x01(\x03\x12\x15\n\rexample_bytes\x18\x02 \x01(\x03\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04task\x18\x04 \x01(\t\"Y\n\x14\x46orgetClassesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12\r\n\x05purge\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"7\n\x15\x46orgetClassesResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\"\x9a\x01\n\x12UpdateClassRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x16\n\tnew_label\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x0b\x61\x64\x64_aliases\x18\x04 \x03(\t\x12\x16\n\x0eremove_aliases\x18\x05 \x03(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x0c\n\n_new_label\"5\n\x13UpdateClassResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\" \n\x10WatchTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x11WatchTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x0fGetTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task\"I\n\x10ListTasksRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"M\n\x11ListTasksResponse\x12\x1f\n\x05tasks\x18\x01 \x03(\x0b\x32\x10.inflora.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11\x43\x61ncelTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x12\x43\x61ncelTaskResponse\x12\x1e\n\x04task\x18\x01 \x01(\x0b\x32\x10.inflora.v1.Task2\xf9\x04\n\x0eLearnerService\x12J\n\tLearnTask\x12\x1c.inflora.v1.LearnTaskRequest\x1a\x1d.inflora.v1.LearnTaskResponse(\x01\x12N\n\x0bQueryUpload\x12\x1e.inflora.v1.QueryUploadRequest\x1a\x1f.inflora.v1.QueryUploadResponse\x12T\n\rForgetClasses\x12 .inflora.v1.ForgetClassesRequest\x1a!.inflora.v1.ForgetClassesResponse\x12N\n\x0bUpdateClass\x12\x1e.inflora.v1.UpdateClassRequest\x1a\x1f.inflora.v1.UpdateClassResponse\x12J\n\tWatchTask\x12\x1c.inflora.v1.WatchTaskRequest\x1a\x1d.inflora.v1.WatchTaskResponse0\x01\x12\x42\n\x07GetTask\x12\x1a.inflora.v1.GetTaskRequest\x1a\x1b.inflora.v1.GetTaskResponse\x12H\n\tListTasks\x12\x1c.inflora.v1.ListTasksRequest\x1a\x1d.inflora.v1.ListTasksResponse\x12K\n\nCancelTask\x12\x1d.inflora.v1.CancelTaskRequest\x1a\x1e.inflora.v1.CancelTaskResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'inflora.v1.learner_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEARNTASKREQUEST']._serialized_start=72
-  _globals['_LEARNTASKREQUEST']._serialized_end=223
-  _globals['_UPLOADEND']._serialized_start=225
-  _globals['_UPLOADEND']._serialized_end=259
-  _globals['_LEARNTASKRESPONSE']._serialized_start=261
-  _globals['_LEARNTASKRESPONSE']._serialized_end=312
-  _globals['_FORGETCLASSESREQUEST']._serialized_start=314
-  _globals['_FORGETCLASSESREQUEST']._serialized_end=403
-  _globals['_FORGETCLASSESRESPONSE']._serialized_start=405
-  _globals['_FORGETCLASSESRESPONSE']._serialized_end=460
-  _globals['_UPDATECLASSREQUEST']._serialized_start=463
-  _globals['_UPDATECLASSREQUEST']._serialized_end=617
-  _globals['_UPDATECLASSRESPONSE']._serialized_start=619
-  _globals['_UPDATECLASSRESPONSE']._serialized_end=672
-  _globals['_WATCHTASKREQUEST']._serialized_start=674
-  _globals['_WATCHTASKREQUEST']._serialized_end=706
-  _globals['_WATCHTASKRESPONSE']._serialized_start=708
-  _globals['_WATCHTASKRESPONSE']._serialized_end=759
-  _globals['_GETTASKREQUEST']._serialized_start=761
-  _globals['_GETTASKREQUEST']._serialized_end=791
-  _globals['_GETTASKRESPONSE']._serialized_start=793
-  _globals['_GETTASKRESPONSE']._serialized_end=842
-  _globals['_LISTTASKSREQUEST']._serialized_start=844
-  _globals['_LISTTASKSREQUEST']._serialized_end=917
-  _globals['_LISTTASKSRESPONSE']._serialized_start=919
-  _globals['_LISTTASKSRESPONSE']._serialized_end=996
-  _globals['_CANCELTASKREQUEST']._serialized_start=998
-  _globals['_CANCELTASKREQUEST']._serialized_end=1031
-  _globals['_CANCELTASKRESPONSE']._serialized_start=1033
-  _globals['_CANCELTASKRESPONSE']._serialized_end=1085
-  _globals['_LEARNERSERVICE']._serialized_start=1088
-  _globals['_LEARNERSERVICE']._serialized_end=1641
+  _globals['_LEARNTASKREQUEST']._serialized_start=105
+  _globals['_LEARNTASKREQUEST']._serialized_end=256
+  _globals['_UPLOADEND']._serialized_start=258
+  _globals['_UPLOADEND']._serialized_end=292
+  _globals['_LEARNTASKRESPONSE']._serialized_start=294
+  _globals['_LEARNTASKRESPONSE']._serialized_end=345
+  _globals['_QUERYUPLOADREQUEST']._serialized_start=347
+  _globals['_QUERYUPLOADREQUEST']._serialized_end=403
+  _globals['_QUERYUPLOADRESPONSE']._serialized_start=406
+  _globals['_QUERYUPLOADRESPONSE']._serialized_end=536
+  _globals['_FORGETCLASSESREQUEST']._serialized_start=538
+  _globals['_FORGETCLASSESREQUEST']._serialized_end=627
+  _globals['_FORGETCLASSESRESPONSE']._serialized_start=629
+  _globals['_FORGETCLASSESRESPONSE']._serialized_end=684
+  _globals['_UPDATECLASSREQUEST']._serialized_start=687
+  _globals['_UPDATECLASSREQUEST']._serialized_end=841
+  _globals['_UPDATECLASSRESPONSE']._serialized_start=843
+  _globals['_UPDATECLASSRESPONSE']._serialized_end=896
+  _globals['_WATCHTASKREQUEST']._serialized_start=898
+  _globals['_WATCHTASKREQUEST']._serialized_end=930
+  _globals['_WATCHTASKRESPONSE']._serialized_start=932
+  _globals['_WATCHTASKRESPONSE']._serialized_end=983
+  _globals['_GETTASKREQUEST']._serialized_start=985
+  _globals['_GETTASKREQUEST']._serialized_end=1015
+  _globals['_GETTASKRESPONSE']._serialized_start=1017
+  _globals['_GETTASKRESPONSE']._serialized_end=1066
+  _globals['_LISTTASKSREQUEST']._serialized_start=1068
+  _globals['_LISTTASKSREQUEST']._serialized_end=1141
+  _globals['_LISTTASKSRESPONSE']._serialized_start=1143
+  _globals['_LISTTASKSRESPONSE']._serialized_end=1220
+  _globals['_CANCELTASKREQUEST']._serialized_start=1222
+  _globals['_CANCELTASKREQUEST']._serialized_end=1255
+  _globals['_CANCELTASKRESPONSE']._serialized_start=1257
+  _globals['_CANCELTASKRESPONSE']._serialized_end=1309
+  _globals['_LEARNERSERVICE']._serialized_start=1312
+  _globals['_LEARNERSERVICE']._serialized_end=1945
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from inflora.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
@@ -65,7 +66,7 @@ class UploadEnd(_message.Message):
 
     EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
     example_count: _builtins.int
-    """Examples sent in all."""
+    """Examples sent in all, with those that an upload which is continued had sent before."""
     def __init__(
         self,
         *,
@@ -102,6 +103,72 @@ class LearnTaskResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LearnTaskResponse: _TypeAlias = LearnTaskResponse  # noqa: Y015
+
+@_typing.final
+class QueryUploadRequest(_message.Message):
+    """Which upload to ask about."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`models/{model}`. Empty means `models/default`."""
+    request_id: _builtins.str
+    """The upload's `TaskSpec.request_id`; not empty."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryUploadRequest: _TypeAlias = QueryUploadRequest  # noqa: Y015
+
+@_typing.final
+class QueryUploadResponse(_message.Message):
+    """How far an upload has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    EXAMPLE_BYTES_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    example_count: _builtins.int
+    """Examples that are stored durably: `TaskSpec.resume_from` of the call that continues. Of a task,
+    all of them.
+    """
+    example_bytes: _builtins.int
+    """Their encoded images, in bytes."""
+    task: _builtins.str
+    """The task that came of it, `models/{model}/tasks/{task}`: there is nothing to continue. Empty if it
+    did not become one yet.
+    """
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When they are removed unless the upload is continued. Unset if it became a task."""
+
+    def __init__(
+        self,
+        *,
+        example_count: _builtins.int = ...,
+        example_bytes: _builtins.int = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        task: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["example_bytes", b"example_bytes", "example_count", b"example_count", "expire_time", b"expire_time", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryUploadResponse: _TypeAlias = QueryUploadResponse  # noqa: Y015
 
 @_typing.final
 class ForgetClassesRequest(_message.Message):

@@ -46,6 +46,11 @@ class LearnerServiceStub(object):
                 request_serializer=inflora_dot_v1_dot_learner__service__pb2.LearnTaskRequest.SerializeToString,
                 response_deserializer=inflora_dot_v1_dot_learner__service__pb2.LearnTaskResponse.FromString,
                 _registered_method=True)
+        self.QueryUpload = channel.unary_unary(
+                '/inflora.v1.LearnerService/QueryUpload',
+                request_serializer=inflora_dot_v1_dot_learner__service__pb2.QueryUploadRequest.SerializeToString,
+                response_deserializer=inflora_dot_v1_dot_learner__service__pb2.QueryUploadResponse.FromString,
+                _registered_method=True)
         self.ForgetClasses = channel.unary_unary(
                 '/inflora.v1.LearnerService/ForgetClasses',
                 request_serializer=inflora_dot_v1_dot_learner__service__pb2.ForgetClassesRequest.SerializeToString,
@@ -90,7 +95,14 @@ class LearnerServiceServicer(object):
 
     def LearnTask(self, request_iterator, context):
         """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
-        stored durably and queued; nothing is kept of an upload that does not get that far.
+        stored durably and queued.
+
+        Of an upload that is refused nothing is kept. One that breaks off, and has a request_id, is kept
+        for an hour after its last example unless the server is set to another time, and can be continued:
+        ask QueryUpload how much of it is there, and call again with `TaskSpec.resume_from`. Should the
+        connection that fed it be half dead, the new one takes over, and the old one gets ALREADY_EXISTS.
+        An upload without a message for a minute, unless the server is set to another time, is ended with
+        UNAVAILABLE, as if it had broken off.
 
         Classes may be new or known, also by an alias, and may be in several tasks.
 
@@ -99,12 +111,30 @@ class LearnerServiceServicer(object):
 
         Errors:
         - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
-        - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
+        - ALREADY_EXISTS: the request_id was used with other content or another spec, or another
+        connection continues the upload. A retry does not help.
+        - FAILED_PRECONDITION: `spec.resume_from` is not how many examples are there; the message says
+        what is. A retry helps after QueryUpload.
         - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
-        queue or the disk is full (a retry later may help).
+        queue or the disk is full, or memory or open files have run out (a retry later may help).
         - NOT_FOUND: there is no such model. A retry does not help.
         - INTERNAL: a defect of the server. A retry may help.
-        - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+        - UNAVAILABLE: the server is stopping or not reachable, cannot write to its disk, or got no message
+        for too long. Retry with the same request_id, or continue.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QueryUpload(self, request, context):
+        """Says how much of an upload is stored durably, so that it can be continued, or which task came of
+        it.
+
+        Errors:
+        - INVALID_ARGUMENT: a field is not acceptable. A retry does not help.
+        - NOT_FOUND: there is no such model, or neither an upload nor a task of that request_id. Upload
+        from the beginning.
+        - RESOURCE_EXHAUSTED, UNAVAILABLE, INTERNAL: as LearnTask. A retry may help.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,6 +241,11 @@ def add_LearnerServiceServicer_to_server(servicer, server):
                     request_deserializer=inflora_dot_v1_dot_learner__service__pb2.LearnTaskRequest.FromString,
                     response_serializer=inflora_dot_v1_dot_learner__service__pb2.LearnTaskResponse.SerializeToString,
             ),
+            'QueryUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryUpload,
+                    request_deserializer=inflora_dot_v1_dot_learner__service__pb2.QueryUploadRequest.FromString,
+                    response_serializer=inflora_dot_v1_dot_learner__service__pb2.QueryUploadResponse.SerializeToString,
+            ),
             'ForgetClasses': grpc.unary_unary_rpc_method_handler(
                     servicer.ForgetClasses,
                     request_deserializer=inflora_dot_v1_dot_learner__service__pb2.ForgetClassesRequest.FromString,
@@ -276,6 +311,33 @@ class LearnerService(object):
             '/inflora.v1.LearnerService/LearnTask',
             inflora_dot_v1_dot_learner__service__pb2.LearnTaskRequest.SerializeToString,
             inflora_dot_v1_dot_learner__service__pb2.LearnTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inflora.v1.LearnerService/QueryUpload',
+            inflora_dot_v1_dot_learner__service__pb2.QueryUploadRequest.SerializeToString,
+            inflora_dot_v1_dot_learner__service__pb2.QueryUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,7 +42,14 @@ class LearnerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> LearnerServiceAsyncStub: ...
     LearnTask: _grpc.StreamUnaryMultiCallable[_learner_service_pb2.LearnTaskRequest, _learner_service_pb2.LearnTaskResponse]
     """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
-    stored durably and queued; nothing is kept of an upload that does not get that far.
+    stored durably and queued.
+
+    Of an upload that is refused nothing is kept. One that breaks off, and has a request_id, is kept
+    for an hour after its last example unless the server is set to another time, and can be continued:
+    ask QueryUpload how much of it is there, and call again with `TaskSpec.resume_from`. Should the
+    connection that fed it be half dead, the new one takes over, and the old one gets ALREADY_EXISTS.
+    An upload without a message for a minute, unless the server is set to another time, is ended with
+    UNAVAILABLE, as if it had broken off.
 
     Classes may be new or known, also by an alias, and may be in several tasks.
 
@@ -51,12 +58,26 @@ class LearnerServiceStub:
 
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
-    - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
+    - ALREADY_EXISTS: the request_id was used with other content or another spec, or another
+      connection continues the upload. A retry does not help.
+    - FAILED_PRECONDITION: `spec.resume_from` is not how many examples are there; the message says
+      what is. A retry helps after QueryUpload.
     - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
-      queue or the disk is full (a retry later may help).
+      queue or the disk is full, or memory or open files have run out (a retry later may help).
     - NOT_FOUND: there is no such model. A retry does not help.
     - INTERNAL: a defect of the server. A retry may help.
-    - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+    - UNAVAILABLE: the server is stopping or not reachable, cannot write to its disk, or got no message
+      for too long. Retry with the same request_id, or continue.
+    """
+    QueryUpload: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.QueryUploadRequest, _learner_service_pb2.QueryUploadResponse]
+    """Says how much of an upload is stored durably, so that it can be continued, or which task came of
+    it.
+
+    Errors:
+    - INVALID_ARGUMENT: a field is not acceptable. A retry does not help.
+    - NOT_FOUND: there is no such model, or neither an upload nor a task of that request_id. Upload
+      from the beginning.
+    - RESOURCE_EXHAUSTED, UNAVAILABLE, INTERNAL: as LearnTask. A retry may help.
     """
     ForgetClasses: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.ForgetClassesRequest, _learner_service_pb2.ForgetClassesResponse]
     """Queues a task that forgets classes for good: they are not known in the version that it makes,
@@ -142,7 +163,14 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     LearnTask: _aio.StreamUnaryMultiCallable[_learner_service_pb2.LearnTaskRequest, _learner_service_pb2.LearnTaskResponse]  # type: ignore[assignment]
     """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
-    stored durably and queued; nothing is kept of an upload that does not get that far.
+    stored durably and queued.
+
+    Of an upload that is refused nothing is kept. One that breaks off, and has a request_id, is kept
+    for an hour after its last example unless the server is set to another time, and can be continued:
+    ask QueryUpload how much of it is there, and call again with `TaskSpec.resume_from`. Should the
+    connection that fed it be half dead, the new one takes over, and the old one gets ALREADY_EXISTS.
+    An upload without a message for a minute, unless the server is set to another time, is ended with
+    UNAVAILABLE, as if it had broken off.
 
     Classes may be new or known, also by an alias, and may be in several tasks.
 
@@ -151,12 +179,26 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
 
     Errors:
     - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
-    - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
+    - ALREADY_EXISTS: the request_id was used with other content or another spec, or another
+      connection continues the upload. A retry does not help.
+    - FAILED_PRECONDITION: `spec.resume_from` is not how many examples are there; the message says
+      what is. A retry helps after QueryUpload.
     - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
-      queue or the disk is full (a retry later may help).
+      queue or the disk is full, or memory or open files have run out (a retry later may help).
     - NOT_FOUND: there is no such model. A retry does not help.
     - INTERNAL: a defect of the server. A retry may help.
-    - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+    - UNAVAILABLE: the server is stopping or not reachable, cannot write to its disk, or got no message
+      for too long. Retry with the same request_id, or continue.
+    """
+    QueryUpload: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.QueryUploadRequest, _learner_service_pb2.QueryUploadResponse]  # type: ignore[assignment]
+    """Says how much of an upload is stored durably, so that it can be continued, or which task came of
+    it.
+
+    Errors:
+    - INVALID_ARGUMENT: a field is not acceptable. A retry does not help.
+    - NOT_FOUND: there is no such model, or neither an upload nor a task of that request_id. Upload
+      from the beginning.
+    - RESOURCE_EXHAUSTED, UNAVAILABLE, INTERNAL: as LearnTask. A retry may help.
     """
     ForgetClasses: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForgetClassesRequest, _learner_service_pb2.ForgetClassesResponse]  # type: ignore[assignment]
     """Queues a task that forgets classes for good: they are not known in the version that it makes,
@@ -245,7 +287,14 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_learner_service_pb2.LearnTaskResponse, _abc.Awaitable[_learner_service_pb2.LearnTaskResponse]]:
         """Uploads a task: first a spec, then batches of examples, then an end. Answers once the task is
-        stored durably and queued; nothing is kept of an upload that does not get that far.
+        stored durably and queued.
+
+        Of an upload that is refused nothing is kept. One that breaks off, and has a request_id, is kept
+        for an hour after its last example unless the server is set to another time, and can be continued:
+        ask QueryUpload how much of it is there, and call again with `TaskSpec.resume_from`. Should the
+        connection that fed it be half dead, the new one takes over, and the old one gets ALREADY_EXISTS.
+        An upload without a message for a minute, unless the server is set to another time, is ended with
+        UNAVAILABLE, as if it had broken off.
 
         Classes may be new or known, also by an alias, and may be in several tasks.
 
@@ -254,12 +303,32 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT: a field is not acceptable (named in BadRequest). A retry does not help.
-        - ALREADY_EXISTS: the request_id was used with other content. A retry does not help.
+        - ALREADY_EXISTS: the request_id was used with other content or another spec, or another
+          connection continues the upload. A retry does not help.
+        - FAILED_PRECONDITION: `spec.resume_from` is not how many examples are there; the message says
+          what is. A retry helps after QueryUpload.
         - RESOURCE_EXHAUSTED: the task or a message is over its limit (a retry does not help), or the
-          queue or the disk is full (a retry later may help).
+          queue or the disk is full, or memory or open files have run out (a retry later may help).
         - NOT_FOUND: there is no such model. A retry does not help.
         - INTERNAL: a defect of the server. A retry may help.
-        - UNAVAILABLE: the server is stopping or not reachable. Retry with the same request_id.
+        - UNAVAILABLE: the server is stopping or not reachable, cannot write to its disk, or got no message
+          for too long. Retry with the same request_id, or continue.
+        """
+
+    @_abc_1.abstractmethod
+    def QueryUpload(
+        self,
+        request: _learner_service_pb2.QueryUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_service_pb2.QueryUploadResponse, _abc.Awaitable[_learner_service_pb2.QueryUploadResponse]]:
+        """Says how much of an upload is stored durably, so that it can be continued, or which task came of
+        it.
+
+        Errors:
+        - INVALID_ARGUMENT: a field is not acceptable. A retry does not help.
+        - NOT_FOUND: there is no such model, or neither an upload nor a task of that request_id. Upload
+          from the beginning.
+        - RESOURCE_EXHAUSTED, UNAVAILABLE, INTERNAL: as LearnTask. A retry may help.
         """
 
     @_abc_1.abstractmethod

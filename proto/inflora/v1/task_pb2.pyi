@@ -180,13 +180,15 @@ class TaskSpec(_message.Message):
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     HELD_OUT_SHARE_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """The model to teach, `models/{model}`. Empty means `models/default`."""
     display_name: _builtins.str
     """Free text for people, at most 200 characters."""
     request_id: _builtins.str
     """Chosen by the client, at most 128 characters. A retry with the same id and the same content
-    returns the task that exists. Empty: every call makes a new task.
+    returns the task that exists, and an upload that broke off can be continued. Empty: every call
+    makes a new task, and nothing is kept of an upload that breaks off.
     """
     epochs: _builtins.int
     """Passes over the training images, 1 to 10000. Unset, and unless the server is set to a number, the
@@ -202,6 +204,11 @@ class TaskSpec(_message.Message):
     """Seed of every random choice in this task, >= 0."""
     held_out_share: _builtins.float
     """Share of each class's images kept out of training to measure accuracy, 0 <= share <= 0.5."""
+    resume_from: _builtins.int
+    """Continues an upload of the same request_id that broke off: how many of its examples are there
+    already, as QueryUpload says. The messages go on with the next one; all other fields are as they
+    were. 0: the upload begins anew, and replaces what is there.
+    """
     def __init__(
         self,
         *,
@@ -214,10 +221,11 @@ class TaskSpec(_message.Message):
         batch_size: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
         held_out_share: _builtins.float | None = ...,
+        resume_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_held_out_share", b"_held_out_share", "_learning_rate", b"_learning_rate", "_rank", b"_rank", "_seed", b"_seed", "batch_size", b"batch_size", "epochs", b"epochs", "held_out_share", b"held_out_share", "learning_rate", b"learning_rate", "rank", b"rank", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_held_out_share", b"_held_out_share", "_learning_rate", b"_learning_rate", "_rank", b"_rank", "_seed", b"_seed", "batch_size", b"batch_size", "display_name", b"display_name", "epochs", b"epochs", "held_out_share", b"held_out_share", "learning_rate", b"learning_rate", "parent", b"parent", "rank", b"rank", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_held_out_share", b"_held_out_share", "_learning_rate", b"_learning_rate", "_rank", b"_rank", "_seed", b"_seed", "batch_size", b"batch_size", "display_name", b"display_name", "epochs", b"epochs", "held_out_share", b"held_out_share", "learning_rate", b"learning_rate", "parent", b"parent", "rank", b"rank", "request_id", b"request_id", "resume_from", b"resume_from", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015

@@ -1,0 +1,150 @@
+"""Where the examples of tasks are, and how long they are kept.
+
+    spool/{task}/       of uploads, and of tasks that have not ended
+    examples/{task}/    of tasks that have ended, where they are to be kept
+
+Both are spools (``inflora_core.spool``). All methods block.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Collection, Iterable
+from enum import Enum, auto
+from pathlib import Path
+from typing import Literal
+
+from inflora_core import durable, failpoints
+from inflora_core.errors import DamagedError
+from inflora_core.model import MARK, Task, Version, positions_by_label
+from inflora_core.spool import read_labels
+
+log = logging.getLogger(__name__)
+
+KeepExamples = Literal["never", "always"]
+"""How long examples are kept once their task has ended."""
+
+
+class Fate(Enum):
+    """What becomes of a task's examples."""
+
+    STAY = auto()
+    """They stay in the spool."""
+    GO = auto()
+    """They are deleted."""
+    KEEP = auto()
+    """They are moved out of the spool, and kept for good."""
+
+
+def fate(task: Task, keep: KeepExamples) -> Fate:
+    """Return what becomes of a task's examples, by the state that it is in.
+
+    The one place that decides. A task whose version waits to be promoted would STAY here.
+    """
+    if not task.state.ended:
+        return Fate.STAY
+    if MARK in task.labels:
+        return Fate.GO  # a class of it was purged while it waited
+    return Fate.KEEP if keep == "always" else Fate.GO
+
+
+class Examples:
+    """The examples of one store.
+
+    Args:
+        root: The store's folder.
+        keep: How long they are kept.
+    """
+
+    def __init__(self, root: Path, keep: KeepExamples) -> None:
+        self.spools = root / "spool"
+        self._kept = root / "examples"
+        self._keep = keep
+
+    def open(self) -> None:
+        """Make the folders, and say in the log what is kept."""
+        self.spools.mkdir(exist_ok=True)
+        if self._keep != "never":
+            self._kept.mkdir(exist_ok=True)
+        if kept := self.kept():
+            log.info("the examples of %d tasks are kept in %s", len(kept), self._kept)
+
+    def spooled(self) -> list[str]:
+        """Return the ids of all tasks, or uploads, that have a spool."""
+        return [folder.name for folder in self.spools.iterdir()]
+
+    def kept(self) -> list[str]:
+        """Return the ids of the tasks whose examples are kept."""
+        if not self._kept.exists():
+            return []
+        return sorted(folder.name for folder in self._kept.iterdir())
+
+    def settle(self, task: Task) -> None:
+        """Do with a task's spool what is to be done in its state; again, it does no harm."""
+        try:
+            match fate(task, self._keep):
+                case Fate.GO:
+                    self.remove(task.id)
+                case Fate.KEEP:
+                    if (self.spools / task.id).exists():
+                        failpoints.reach("examples.move")
+                        durable.move(self.spools / task.id, self._kept / task.id)
+                        failpoints.reach("examples.moved")
+        except OSError as error:
+            log.warning("the examples of task %s cannot be kept yet: %s", task.id, error)
+
+    def remove(self, spool: str) -> None:
+        """Delete a spool; what cannot be deleted now stays until it is asked for again."""
+        try:
+            failpoints.reach("spool.delete")
+            shutil.rmtree(self.spools / spool)
+            failpoints.reach("spool.deleted")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("the spool %s stays for now: %s", spool, error)
+
+    def purge(
+        self, keys: Collection[str], names: Collection[str], versions: Iterable[Version]
+    ) -> None:
+        """Delete the kept examples of all tasks that taught one of these classes.
+
+        What a task meant by a label, the class table of its version says. Where that does not, it
+        goes by the name alone, and rather deletes too much.
+
+        Args:
+            keys: Of the classes.
+            names: What else they are called.
+            versions: All, with what is forgotten in them.
+
+        Raises:
+            OSError: not all could be deleted: to be done again.
+        """
+        unclear, wanted = set(self.kept()), set(names)
+        for version in versions:
+            wanted.update(*(entry.names for entry in version.classes if entry.key in keys))
+            if version.task in unclear:
+                labels, positions = self._labels(version.task), positions_by_label(version.classes)
+                if labels and positions.keys() >= labels:
+                    unclear.remove(version.task)
+                    if any(version.classes[positions[label]].key in keys for label in labels):
+                        self._delete(version.task)
+        for task in unclear:
+            if not (labels := self._labels(task)) or labels & wanted:
+                self._delete(task)
+
+    def _labels(self, task: str) -> set[str]:
+        """Return the labels of kept examples; none if they cannot be read."""
+        try:
+            return set(read_labels(self._kept / task))
+        except DamagedError as error:
+            log.warning("nobody can say what the examples of task %s are of: %s", task, error)
+            return set()
+
+    def _delete(self, task: str) -> None:
+        failpoints.reach("examples.delete")
+        shutil.rmtree(self._kept / task)
+        durable.sync_folder(self._kept)
+        failpoints.reach("examples.deleted")
+        log.info("the examples of task %s are deleted: a class of them is purged", task)
