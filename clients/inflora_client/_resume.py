@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 from inflora.v1 import learner_service_pb2, model_service_pb2
 from inflora_client import _channel as channel
 from inflora_client import _parse as parse
-from inflora_client.errors import CorruptDownloadError, TaskFailedError, UnavailableError
+from inflora_client.errors import CorruptDownloadError, UnavailableError, error_of_task
 from inflora_client.resources import Artifact, Download, Failure, Task, TaskState
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class Watch(Resumable[Task]):
         if self._latest is None:
             raise ValueError("the watch has not seen its task yet")
         if self._latest.state != TaskState.PUBLISHED:
-            raise TaskFailedError(self._latest)
+            raise error_of_task(self._latest)
         return self._latest
 
     def _take(self, response: Any) -> Task | None:

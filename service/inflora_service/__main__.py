@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from inflora_core.config import PRESETS, LearnConfig, preset
+from pydantic import ValidationError
+
+from inflora_core.config import PRESETS, Gate, LearnConfig, preset
 from inflora_core.errors import InfloraError, InvalidInputError
 from inflora_service import backbone_source
 from inflora_service.server import Settings, serve
@@ -27,6 +29,21 @@ _LEARN_OPTIONS = (
     "expected_tasks",
 )
 """Fields of ``LearnConfig`` with an option of their own; ``--set`` reaches the others."""
+
+
+OFF = "off"
+"""Instead of a limit: the check is left out."""
+
+_GATE_OPTIONS = {
+    "not_finite": "most numbers that may be NaN or infinite",
+    "leak": "largest share of a layer's update in protected directions",
+    "interference": "largest interference of a layer, where no canary images tell",
+    "accuracy": "least accuracy of the task's own images, from 0 (chance) to 1",
+    "distinct": "least share of a new class's images told from any one other class",
+    "similar": "the same, but only for a warning in the task's report",
+    "canary": "most accuracy on canary images of old classes that may be lost",
+}
+"""Fields of ``Gate``."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +97,19 @@ def _parser() -> argparse.ArgumentParser:
     add(group, "--device", defaults.device, "where to learn", choices=("auto", "cpu", "cuda"))
     add(group, "--learn-threads", 0, "threads of learning; 0: all processors but one", type=int)
 
+    group = parser.add_argument_group(
+        "the publish gate: a version over one of these limits is kept, but does not answer"
+    )
+    for name, text in _GATE_OPTIONS.items():
+        default = getattr(defaults.gate, name)
+        add(
+            group,
+            f"--gate-{name.replace('_', '-')}",
+            OFF if default is None else default,
+            f"{text}; {OFF}: do not look",
+            metavar="LIMIT",
+        )
+
     group = parser.add_argument_group("predicting")
     add(group, "--provider", defaults.provider, "what predicts", choices=("auto", "cpu", "cuda"))
     add(group, "--predict-threads", 0, "threads of a prediction; 0: one a processor", type=int)
@@ -102,6 +132,18 @@ def _learn_config(arguments: argparse.Namespace) -> LearnConfig:
     return preset(arguments.preset).updated(**changes)
 
 
+def _gate(arguments: argparse.Namespace) -> Gate:
+    limits = {name: getattr(arguments, f"gate_{name}") for name in _GATE_OPTIONS}
+    try:
+        return Gate.model_validate(
+            {name: None if limit == OFF else limit for name, limit in limits.items()}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--gate-{str(first['loc'][0]).replace('_', '-')}"
+        raise InvalidInputError(f"{option}: {first['msg']}, or {OFF}") from error
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     return Settings(
         store=arguments.store,
@@ -110,6 +152,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         host=arguments.host,
         port=arguments.port,
         learn=_learn_config(arguments),
+        gate=_gate(arguments),
         provider=arguments.provider,
         predict_threads=arguments.predict_threads,
         learn_threads=arguments.learn_threads,

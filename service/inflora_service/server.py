@@ -28,7 +28,7 @@ from inflora.v1 import (
     predictor_service_pb2,
     predictor_service_pb2_grpc,
 )
-from inflora_core.config import LearnConfig, Limits
+from inflora_core.config import Gate, LearnConfig, Limits
 from inflora_core.errors import UnavailableError
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.store import Store
@@ -70,6 +70,7 @@ class Settings:
         port: Port to listen on; 0 takes any free one.
         learn: Settings of tasks that ask for none.
         limits: What is refused.
+        gate: What versions are held back for.
         provider: What onnxruntime predicts with.
         predict_threads: Threads of one prediction; 0: one for each processor.
         learn_threads: Threads of the learning worker; 0: all processors but one.
@@ -85,6 +86,7 @@ class Settings:
     port: int = 50051
     learn: LearnConfig = field(default_factory=LearnConfig)
     limits: Limits = field(default_factory=Limits)
+    gate: Gate = field(default_factory=Gate)
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     predict_threads: int = 0
     learn_threads: int = 0
@@ -151,7 +153,9 @@ class Server:
             keep_open=[lock.descriptor],
             on_health=lambda healthy: self._set_health(LEARNER, healthy),
         )
-        tasks = TaskQueue(store, records, host, learner, settings.learn, settings.limits)
+        tasks = TaskQueue(
+            store, records, host, learner, settings.learn, settings.limits, settings.gate
+        )
         self.host, self.tasks = host, tasks
         undo.callback(tasks.close)
         undo.push_async_callback(server.stop, settings.drain_seconds)

@@ -17,6 +17,7 @@ from rich.text import Text
 from inflora_client import (
     ClassScore,
     Evaluation,
+    GateCheck,
     HeldOutMethod,
     PredictResult,
     Task,
@@ -118,7 +119,7 @@ def version_table(versions: Iterable[Version]) -> Table:
         (
             (
                 version.number,
-                "current" if version.current else "purged" if version.purged else "",
+                _state(version),
                 len(version.classes),
                 short(version.parent),
                 short(version.task),
@@ -127,6 +128,11 @@ def version_table(versions: Iterable[Version]) -> Table:
             for version in versions
         ),
     )
+
+
+def _state(version: Version) -> str:
+    states = {"current": version.current, "purged": version.purged, "candidate": version.candidate}
+    return next((name for name, holds in states.items() if holds), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +171,7 @@ def prediction_table(answers: Iterable[FileAnswer]) -> Table:
 
 
 def summary_table(task: Task) -> Table:
-    """What a person wants to know of a published task."""
+    """What a person wants to know of a task that was published or held back."""
     rows: list[Sequence[object]] = [
         ("task", task.id),
         ("version", short(task.version)),
@@ -191,6 +197,10 @@ def summary_table(task: Task) -> Table:
         ]
         if report.parity:
             rows.append(("ONNX against torch", f"{report.parity.max_abs_diff:.1e}"))
+        rows += [
+            (f"held back for {check.name}", f"{_checked(check)}: {check.message}")
+            for check in report.failed_checks
+        ]
         rows += [("warning", warning) for warning in report.warnings]
     return _table(("", ""), rows, header=False)
 
@@ -271,6 +281,11 @@ def _table(
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: a label is not markup
     return table
+
+
+def _checked(check: GateCheck) -> str:
+    value = "not a number" if check.value is None else f"{check.value:.3g}"
+    return f"{value}, limit {check.limit:.3g}"
 
 
 def _when(time: datetime | None) -> str:

@@ -124,7 +124,7 @@ class LearnerServiceStub:
 
     Errors:
     - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
-    - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
+    - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
       not help.
     """
 
@@ -224,7 +224,7 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
 
     Errors:
     - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
-    - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
+    - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
       not help.
     """
 
@@ -363,7 +363,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
-        - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
+        - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
           not help.
         """
 
