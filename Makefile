@@ -78,6 +78,10 @@ bench-unusual: $(READY) ## tasks of one class, and known classes that look diffe
 	$(BIN)/python -m tests.benchmarks.unusual $(call flag,data,$(DATA)) \
 		$(call flag,threads,$(THREADS)) $(foreach pair,$(SET),--set $(pair))
 
+.PHONY: bench-gate
+bench-gate: $(READY) ## which tasks the publish gate holds back, of bad and of honest ones (DATA=, SEEDS=)
+	$(BIN)/python -m tests.benchmarks.gate $(call flag,data,$(DATA)) $(call flag,seeds,$(SEEDS))
+
 .PHONY: bench-cifar100 bench-imagenet-r bench-domainnet
 bench-cifar100: ## the published experiment, ours beside it (DATA=folder)
 bench-imagenet-r: ## likewise (DATA=folder, TASKS=5, 10 or 20)

@@ -153,6 +153,32 @@ def preset(name: str) -> LearnConfig:
         raise InvalidInputError(f"no preset {name!r}; there are: {known}", field="preset") from None
 
 
+class Gate(BaseModel):
+    """What keeps a version from becoming current; None switches a check off.
+
+    docs/operations.md has the figures behind the defaults.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    not_finite: int | None = Field(0, ge=0)
+    """Most numbers of head, statistics and factors that may be NaN or infinite."""
+    leak: float | None = Field(0.01, ge=0, le=1)
+    """Largest leak of a layer: the share of its update that touches protected directions."""
+    interference: float | None = Field(0.6, ge=0, le=1)
+    """Largest interference of a layer, where no canary images tell what it comes to."""
+    accuracy: float | None = Field(0.1, ge=0, le=1)
+    """Least share of the way from chance to perfect that the task's own images, unseen, are told
+    right. At the least so much that chance gets there in one task of a hundred."""
+    distinct: float | None = Field(None, ge=0, le=1)
+    """Least share of a new class's images that are told from any one other class. Off: some honest
+    classes look alike to a backbone, and ``similar`` names them."""
+    similar: float | None = Field(0.75, ge=0, le=1)
+    """The same; a class below it is no reason to hold a version back, but is named in a warning."""
+    canary: float | None = Field(0.1, ge=0, le=1)
+    """Most accuracy on the canary images of old classes that may be lost."""
+
+
 class Limits(BaseModel):
     """What the server accepts before it refuses."""
 

@@ -111,6 +111,12 @@ class ParityError(InfloraError):
     reason = "PARITY"
 
 
+class GateError(InfloraError):
+    """The publish gate holds a version back; it is kept as a candidate."""
+
+    reason = "GATE"
+
+
 class LearnerCrashedError(InfloraError):
     """The learning worker ended while it worked on a task."""
 
@@ -135,6 +141,7 @@ ERRORS_BY_REASON: dict[str, type[InfloraError]] = {
         DamagedError,
         StoreFormatError,
         ParityError,
+        GateError,
         LearnerCrashedError,
     )
 }

@@ -56,6 +56,8 @@ POINTS = frozenset(
         "examples.delete",
         "examples.deleted",
         # The worker: a version.
+        "checkpoint.replace",
+        "checkpoint.replaced",
         "draft.write",
         "draft.sync",
         "draft.rename",

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inflora_core import subspace
+from inflora_core import gate, subspace
 from inflora_core.adapters import adapted, set_key_value
 from inflora_core.backbone import Backbone
+from inflora_core.checkpoint import Checkpoint
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError, StateError
 from inflora_core.heads import (
@@ -79,6 +80,7 @@ def learn_task(
     config: LearnConfig,
     tracker: Tracker,
     initial_head: nn.Linear | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Learned:
     """Teach ``before`` the classes of one task; ``before`` itself stays as it is.
 
@@ -91,6 +93,7 @@ def learn_task(
         config: Settings.
         tracker: Told about every stage and step; may raise ``CancelledError`` to stop.
         initial_head: What the head starts from, instead of what ``config.head`` says.
+        checkpoint: Where to keep how far training has come, and to go on from.
 
     Raises:
         StateError: a class is known already, and ``config.head`` cannot add to known ones.
@@ -110,11 +113,18 @@ def learn_task(
         name: memory.design(moments[name].mean, config.rank, config.criterion)
         for name, memory in memories.items()
     }
-    lesson = prepare(before, len(classes), backbone, train, held_out, seen, config, initial_head)
+    labels, held_out_labels = (part.labels.cpu().numpy() for part in (train, held_out))
+    untrained = ClassStatistics.of(before).with_images(seen, labels, len(classes))
+    left_out = each_left_out(untrained, seen, labels)
+    lesson = prepare(
+        before, untrained, left_out, backbone, train, held_out, seen, config, initial_head
+    )
 
     with adapted(backbone.layers, reductions) as branches:
         tracker.start(Stage.TRAINING)
-        kept_epoch = train_expansions(backbone, branches, lesson, config, tracker)
+        kept_epoch = train_expansions(
+            backbone, branches, lesson, config, tracker, checkpoint or Checkpoint()
+        )
 
         tracker.start(Stage.EXTENDING)
         moments, features = measure(backbone, train, config.batch_size, tracker)
@@ -142,7 +152,6 @@ def learn_task(
     )
     load_weights(backbone, merged)
     unseen = features_of(backbone, held_out, config.batch_size)
-    labels, held_out_labels = (part.labels.cpu().numpy() for part in (train, held_out))
     old = ClassStatistics.of(before).drifted(seen, features)
     statistics = old.with_images(features, labels, len(classes))
     trained = appended(before, lesson.head) if config.head == "trained" else None
@@ -180,8 +189,10 @@ def learn_task(
         settings=config.model_dump() | {"epochs": tracker.epochs},
         device=str(device),
         warnings=tuple(warnings_about(data, config, reductions, after.capacity, examined.method)),
+        untrained_accuracy=accuracy(*left_out, taught),
     )
-    return Learned(after, factors, report)
+    evidence = gate.evidence(left_out, examined, taught, known=len(before.classes))
+    return Learned(after, factors, report, evidence)
 
 
 def class_table(
@@ -209,9 +220,28 @@ def class_table(
     return before.classes + new_classes(new, task), positions
 
 
+def each_left_out(
+    statistics: ClassStatistics, features: Array, positions: Array
+) -> tuple[Array, Array]:
+    """Return logits (m, classes) of images, each as if it were not in ``statistics``.
+
+    From the head that A_t is trained against, before its temperature. And their classes, (m,):
+    of every class its share, and none of a class's only image.
+
+    Args:
+        statistics: Over all images, those of ``features`` among them.
+        features: (n, e).
+        positions: (n,) int, the class of each.
+    """
+    sample = spread(positions)
+    logits, _, kept = leave_one_out(statistics, features[sample], positions[sample], EVEN_SHARE)
+    return logits, positions[sample][kept]
+
+
 def prepare(
     before: ContinualModel,
-    classes: int,
+    statistics: ClassStatistics,
+    left_out: tuple[Array, Array],
     backbone: Backbone,
     train: Images,
     held_out: Images,
@@ -229,8 +259,9 @@ def prepare(
 
     Args:
         before: What is known.
-        classes: How many classes there are with the task's.
-        backbone: With the weights that ``seen`` was measured with.
+        statistics: Of all classes, with ``train``.
+        left_out: Logits and classes of its images, from ``each_left_out``.
+        backbone: With the weights that ``statistics`` were measured with.
         train: Labels are positions among all classes.
         held_out: The same.
         seen: (n, e) features of ``train``.
@@ -240,27 +271,27 @@ def prepare(
     device = train.labels.device
     if config.head == "trained":
         first = len(before.classes)
-        head = initial_head or random_head(seen.shape[1], classes - first, config.seed)
+        new = len(statistics.means) - first
+        head = initial_head or random_head(seen.shape[1], new, config.seed)
         return Lesson(
             head.to(device),
             Images(train.pixels, train.labels - first),
             Images(held_out.pixels, held_out.labels - first),
         )
-    labels = train.labels.cpu().numpy()
-    statistics = ClassStatistics.of(before).with_images(seen, labels, classes)
-    if classes == 1:
+    if len(statistics.means) == 1:
         # A softmax over one class has no gradient. The first class of all is told from its own
         # images upside down; later ones are told from the classes that are known.
+        labels = train.labels.cpu().numpy()
         train, held_out = train.with_upside_down(1), held_out.with_upside_down(1)
         turned = train.at(torch.arange(len(labels), len(train), device=device))
         statistics = statistics.with_images(
             features_of(backbone, turned, config.batch_size), turned.labels.cpu().numpy(), 2
         )
-    sample = spread(labels)
-    logits, _, kept = leave_one_out(statistics, seen[sample], labels[sample], EVEN_SHARE)
+        left_out = each_left_out(statistics, seen, labels)
+    logits, positions = left_out
     temperature = TEMPERATURE
-    if len(kept):
-        temperature = teaching_temperature(logits, labels[sample][kept], config.softness)
+    if len(positions):
+        temperature = teaching_temperature(logits, positions, config.softness)
     discriminant = Discriminant.of(statistics, EVEN_SHARE)
     weight, bias = discriminant.divided(statistics.means, temperature)
     growing = GrowingHead(weight, bias, known=len(before.classes))

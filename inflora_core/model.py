@@ -34,11 +34,13 @@ class TaskState(StrEnum):
     PUBLISHED = "PUBLISHED"
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
+    HELD_BACK = "HELD_BACK"
+    """Its version is a candidate: the publish gate has something against it."""
 
     @property
     def ended(self) -> bool:
         """Whether nothing will change any more."""
-        return self in (TaskState.PUBLISHED, TaskState.FAILED, TaskState.CANCELLED)
+        return self not in (TaskState.QUEUED, TaskState.LEARNING)
 
 
 class TaskKind(StrEnum):
@@ -105,6 +107,25 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
+class GateCheck:
+    """One thing that the publish gate looks at.
+
+    Attributes:
+        name: Field of ``config.Gate`` that limits it.
+        value: What was measured; None where it was not, and then it is passed.
+        limit: What ``value`` was held against.
+        passed: Whether there is nothing against the version.
+        message: What was found, in plain English. Names of classes are quoted.
+    """
+
+    name: str
+    value: float | None
+    limit: float
+    passed: bool
+    message: str
+
+
+@dataclass(frozen=True)
 class TaskReport:
     """What became of a learned task; see ``inflora.v1.TaskReport``."""
 
@@ -131,12 +152,25 @@ class TaskReport:
     parity: ParityReport | None = None
     kept_epoch: int = 0
     """The epoch, from 1, whose weights were kept; 0 where there was nothing to train."""
+    checks: tuple[GateCheck, ...] = ()
+    """What the publish gate found; those that are switched off are left out."""
+    untrained_accuracy: float | None = None
+    """Share of training images whose class wins among this task's before A_t is trained, each left
+    out of the statistics in turn: nothing has seen their labels. None without any."""
 
     def without_classes(self, labels: Collection[str]) -> TaskReport:
         """Return the report without what it says of classes of these labels."""
         kept = {name: n for name, n in self.held_out_counts.items() if name not in labels}
         warnings = tuple(redacted(warning, labels) for warning in self.warnings)
-        return replace(self, held_out_counts=kept, warnings=warnings)
+        checks = tuple(
+            replace(check, message=redacted(check.message, labels)) for check in self.checks
+        )
+        return replace(self, held_out_counts=kept, warnings=warnings, checks=checks)
+
+    @property
+    def failed_checks(self) -> tuple[GateCheck, ...]:
+        """What the publish gate has against the version."""
+        return tuple(check for check in self.checks if not check.passed)
 
     @property
     def leak(self) -> float:
@@ -348,6 +382,11 @@ class Version:
     state: VersionState = VersionState.WHOLE
     """Not in the manifest: it is found when that is read."""
 
+    @property
+    def candidate(self) -> bool:
+        """Whether the publish gate held it back: only a person may make it current."""
+        return self.report is not None and bool(self.report.failed_checks)
+
     def file(self, name: str) -> FileEntry | None:
         """Return the entry called ``name``, or None."""
         return next((entry for entry in self.files if entry.name == name), None)
@@ -494,12 +533,60 @@ class ContinualModel:
 
 
 @dataclass(frozen=True)
+class Told:
+    """How often images were told right by what had not been made from them.
+
+    Attributes:
+        right: How many were.
+        images: Of so many.
+        chance: Share that would have been right had the answers nothing to do with the images.
+        typical: Share beyond chance that may be expected of a task whose labels mean something.
+    """
+
+    right: int
+    images: int
+    chance: float
+    typical: float
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """A new class, and the class that it is the hardest to tell from.
+
+    Attributes:
+        position: Of the new class in the class table.
+        other: Of the other one.
+        told: Share of its images that are told from the other one, before A_t is trained.
+    """
+
+    position: int
+    other: int
+    told: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What learning shows about a task's labels; the publish gate judges by it.
+
+    Attributes:
+        untrained: The training images before A_t is trained, each left out in turn.
+        held_out: The held-out images in the end; None where there were none.
+        likenesses: Of the new classes that have images enough.
+    """
+
+    untrained: Told | None = None
+    held_out: Told | None = None
+    likenesses: tuple[Likeness, ...] = ()
+
+
+@dataclass(frozen=True)
 class Learned:
     """What ``learn_task`` returns: the new state, and what this task added to the old one."""
 
     model: ContinualModel
     factors: dict[str, Factors]
     report: TaskReport
+    evidence: Evidence = Evidence()
 
 
 @dataclass(frozen=True)

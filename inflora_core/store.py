@@ -781,7 +781,8 @@ class Store:
         """Return the end of a message: which version there is in place of a forgotten one."""
         for number in reversed(self.numbers()):
             with contextlib.suppress(DamagedError):
-                if self.version(number).state is VersionState.WHOLE:
+                version = self.version(number)
+                if version.state is VersionState.WHOLE and not version.candidate:
                     return f"; use version {number}"
         return ""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from inflora_core.adapters import AdaptedQKV
 from inflora_core.backbone import Backbone
+from inflora_core.checkpoint import Checkpoint, fingerprint
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError
 from inflora_core.model import Array
@@ -121,8 +123,11 @@ def train_expansions(
     lesson: Lesson,
     config: LearnConfig,
     tracker: Tracker,
+    checkpoint: Checkpoint,
 ) -> int:
     """Train every A_t, and the head as far as it is free, by cross-entropy (section 4.1).
+
+    Goes on from ``checkpoint``, if that is of this very training.
 
     Returns:
         The epoch, from 1, that is kept: the last, or the best one where training ends early. 0 if
@@ -141,7 +146,21 @@ def train_expansions(
     generator = torch.Generator().manual_seed(config.seed)
     steps = math.ceil(len(images) / config.batch_size)
     watch = Watch(on=config.epochs is None and len(held_out) >= FEWEST_TO_STOP)
-    for epoch in range(tracker.epochs):
+    training = Training(parameters, optimizer, generator, watch, tracker)
+    beginning = fingerprint(
+        config.model_dump_json(),
+        [
+            *(branch.reduction for branch in branches.values()),
+            *expansions,
+            *head.state_dict().values(),
+            # Pixels are covered by the reductions, which follow from them to the last bit.
+            *(images.labels, held_out.labels),
+        ],
+    )
+    if saved := checkpoint.load(beginning):
+        training.restore(saved)
+    while len(tracker.losses) < tracker.epochs and not watch.over:
+        epoch = len(tracker.losses)
         tracker.losses.append([])
         order = torch.arange(len(images))
         if config.shuffle:
@@ -160,8 +179,9 @@ def train_expansions(
             optimizer.step()
             tracker.losses[-1].append(loss.item())
             tracker.step((epoch + (step + 1) / steps) / tracker.epochs)
-        if watch.on and watch.over(held_out_loss(backbone, head, held_out, config), parameters):
-            break
+        if watch.on:
+            watch.note(held_out_loss(backbone, head, held_out, config), parameters)
+        checkpoint.save(beginning, training.state())
     return watch.restore(parameters) or len(tracker.losses)
 
 
@@ -197,15 +217,19 @@ class Watch:
     since: int = 0
     best: list[Tensor] | None = None
 
-    def over(self, loss: float, parameters: list[nn.Parameter]) -> bool:
-        """Take note of an epoch's held-out loss; return whether to stop."""
+    @property
+    def over(self) -> bool:
+        """Whether to stop."""
+        return self.since >= PATIENCE
+
+    def note(self, loss: float, parameters: list[nn.Parameter]) -> None:
+        """Take note of an epoch's held-out loss."""
         self.epochs += 1
         if loss < self.lowest:
             self.lowest, self.since = loss, 0
             self.best = [part.detach().clone() for part in parameters]
         else:
             self.since += 1
-        return self.since >= PATIENCE
 
     def restore(self, parameters: list[nn.Parameter]) -> int:
         """Go back to the best epoch, and return which it was, from 1; 0 if none was looked at."""
@@ -213,6 +237,38 @@ class Watch:
             for part, best in zip(parameters, self.best or [], strict=False):
                 part.copy_(best)
         return self.epochs - self.since
+
+
+@dataclass
+class Training:
+    """All that changes from epoch to epoch."""
+
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    watch: Watch
+    tracker: Tracker
+
+    def state(self) -> dict[str, Any]:
+        """Return a copy, as ``Checkpoint.save`` takes it."""
+        return {
+            "parameters": [part.detach() for part in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "watch": asdict(self.watch),
+            "losses": self.tracker.losses,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to where ``state`` was taken."""
+        with torch.no_grad():
+            for part, saved in zip(self.parameters, state["parameters"], strict=True):
+                part.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        for name, value in state["watch"].items():
+            setattr(self.watch, name, value)
+        self.tracker.losses[:] = state["losses"]
 
 
 @torch.inference_mode()

@@ -5,14 +5,16 @@
 Commands come as JSON lines on standard input, events leave as JSON lines on standard output:
 
     {"command": "prepare", "backbone": "bundled", "architecture": null}
-    {"command": "learn", "task": "...", "spool": "...", "settings": {...}, "parent": 3}
+    {"command": "learn", "task": "...", "spool": "...", "settings": {...}, "parent": 3,
+     "gate": {...}}
     {"command": "edit", "task": "...", "edit": {...}, "parent": 3}
     {"command": "cancel", "task": "..."}
 
     {"event": "ready"}                                imports are done
     {"event": "prepared"}                             the store has its backbone
     {"event": "progress", "task": "...", "stage": "TRAINING", "fraction": 0.4, "epoch": 2, ...}
-    {"event": "learned", "task": "...", "version": 4} durable in the store, not yet current
+    {"event": "learned", "task": "...", "version": 4} durable in the store, not yet current; perhaps
+                                                      a candidate
     {"event": "failed", "task": "..." or null, "reason": "...", "message": "...", "field": "..."}
     {"event": "cancelled", "task": "..."}
 
@@ -42,9 +44,10 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from inflora_core import bundled, durable, edits
+from inflora_core import bundled, durable, edits, gate
 from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
-from inflora_core.config import LearnConfig, Limits
+from inflora_core.checkpoint import Checkpoint
+from inflora_core.config import Gate, LearnConfig, Limits
 from inflora_core.errors import (
     CancelledError,
     InfloraError,
@@ -103,16 +106,27 @@ class Worker:
         self._store.set_backbone(backbone.config, state_of(backbone), template)
 
     def learn(
-        self, task: str, spool: Path, config: LearnConfig, parent: int | None, tracker: Tracker
+        self,
+        task: str,
+        spool: Path,
+        config: LearnConfig,
+        parent: int | None,
+        tracker: Tracker,
+        limits: Gate | None = None,
     ) -> int:
-        """Learn the images in ``spool`` on top of version ``parent``; return the new version."""
+        """Learn the images in ``spool`` on top of version ``parent``; return the new version.
+
+        It is a candidate if the publish gate has something against it by ``limits``; the default
+        ones if None.
+        """
         done = self._store.version_of_task(task)
         if done is not None:
             return done
         tracker.start(Stage.DECODING)
         backbone, before = self._load(), self._state(parent)
         data, sample, meant = self._decode(spool, backbone, before, tracker)
-        learned = learn_task(before, backbone, data, task, config, tracker)
+        kept = Checkpoint(spool)
+        learned = learn_task(before, backbone, data, task, config, tracker, checkpoint=kept)
 
         tracker.start(Stage.EXPORTING)
         onnx = materialise(self._template, learned.model, self._store.next_number())
@@ -121,6 +135,11 @@ class Worker:
         pixels = backbone.normalise(torch.from_numpy(data.images[list(sample)]))
         with before_merging(backbone, before, learned) as logits:
             parity = check_parity(onnx, logits, pixels, Decoded(sample.values()), backbone)
+        limits = limits or Gate()
+        checks = gate.checks(learned, limits)
+        for check in checks:
+            if not check.passed:
+                log.warning("task %s is held back: %s", task, check.message)
 
         tracker.start(Stage.PUBLISHING)
         # Under the names that the task used: an alias counts what its class has.
@@ -130,6 +149,8 @@ class Worker:
             held_out_counts={name: counts[x] for name, x in meant.items() if x in counts},
             parity=parity,
             stage_seconds=dict(tracker.seconds),
+            checks=checks,
+            warnings=(*learned.report.warnings, *gate.warnings(learned, limits)),
         )
         learned = replace(learned, report=report)
         number = self._store.publish(learned, task, onnx).number
@@ -295,7 +316,8 @@ def work(worker: Worker, channel: Channel, command: Mapping[str, Any]) -> int:
         edit = _EDIT.validate_python(command["edit"])
         return worker.edit(task, edit, command["parent"], tracker)
     config = LearnConfig.model_validate(command["settings"])
-    return worker.learn(task, Path(command["spool"]), config, command["parent"], tracker)
+    limits = Gate.model_validate(command["gate"])
+    return worker.learn(task, Path(command["spool"]), config, command["parent"], tracker, limits)
 
 
 def _fail(channel: Channel, task: str | None, error: InfloraError) -> None:

@@ -29,6 +29,7 @@ from inflora_client.errors import (
     ResourceExhaustedError,
     StatusError,
     TaskFailedError,
+    TaskHeldBackError,
     UnavailableError,
 )
 from inflora_client.resources import (
@@ -44,6 +45,7 @@ from inflora_client.resources import (
     Failure,
     FieldViolation,
     Forget,
+    GateCheck,
     HeldOutMethod,
     LayerReport,
     LearningSettings,
@@ -88,6 +90,7 @@ __all__ = [
     "Failure",
     "FieldViolation",
     "Forget",
+    "GateCheck",
     "HeldOutMethod",
     "ImageSource",
     "InfloraClientError",
@@ -111,6 +114,7 @@ __all__ = [
     "TaskClass",
     "TaskEvaluation",
     "TaskFailedError",
+    "TaskHeldBackError",
     "TaskKind",
     "TaskRef",
     "TaskReport",

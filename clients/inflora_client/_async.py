@@ -150,9 +150,9 @@ class AsyncClient(ClientBase):
         """As ``Client.version``."""
         return await self._unary(calls.get_version(self._names, version))
 
-    async def promote(self, version: VersionRef) -> Version:
+    async def promote(self, version: VersionRef, *, force: bool = False) -> Version:
         """As ``Client.promote``."""
-        return await self._unary(calls.promote_version(self._names, version))
+        return await self._unary(calls.promote_version(self._names, version, force))
 
     async def download(
         self,

@@ -131,9 +131,10 @@ def get_version(names: Names, version: VersionRef) -> Call[Version]:
     return Call(channel.GET_VERSION, request, lambda r: parse.version(r.version))
 
 
-def promote_version(names: Names, version: VersionRef) -> Call[Version]:
+def promote_version(names: Names, version: VersionRef, force: bool) -> Call[Version]:
     """PromoteVersion."""
-    request = model_service_pb2.PromoteVersionRequest(name=names.version(version))
+    name = names.version(version)
+    request = model_service_pb2.PromoteVersionRequest(name=name, force=force)
     return Call(channel.PROMOTE_VERSION, request, lambda r: parse.version(r.version))
 
 

@@ -121,6 +121,18 @@ def _report(message: task_pb2.TaskReport) -> resources.TaskReport:
         class_bytes=message.class_bytes,
         shared_bytes=message.shared_bytes,
         kept_epoch=message.kept_epoch,
+        checks=tuple(map(_check, message.checks)),
+        untrained_accuracy=_optional(message, "untrained_accuracy"),
+    )
+
+
+def _check(message: task_pb2.GateCheck) -> resources.GateCheck:
+    return resources.GateCheck(
+        name=message.name,
+        value=_optional(message, "value"),
+        limit=message.limit,
+        passed=message.passed,
+        message=message.message,
     )
 
 
@@ -140,6 +152,8 @@ def version(message: model_service_pb2.Version) -> resources.Version:
         provider=message.provider,
         purged=message.purged,
         stand_in=message.stand_in,
+        candidate=message.candidate,
+        failed_checks=tuple(map(_check, message.failed_checks)),
     )
 
 

@@ -26,8 +26,8 @@ from inflora_client.errors import (
     CorruptDownloadError,
     FailedPreconditionError,
     StatusError,
-    TaskFailedError,
     UnavailableError,
+    error_of_task,
 )
 from inflora_client.resources import Artifact, Download, Failure, Task, TaskState
 
@@ -198,7 +198,7 @@ class Watch(Resumable[Task]):
         if self._latest is None:
             raise ValueError("the watch has not seen its task yet")
         if self._latest.state != TaskState.PUBLISHED:
-            raise TaskFailedError(self._latest)
+            raise error_of_task(self._latest)
         return self._latest
 
     def _take(self, response: Any) -> Task | None:

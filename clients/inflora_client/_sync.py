@@ -127,6 +127,7 @@ class Client(ClientBase):
         """Wait until the task is published, and return it with its report.
 
         Raises:
+            TaskHeldBackError: It ended as HELD_BACK; ``task.report.checks`` say why.
             TaskFailedError: It ended as FAILED or CANCELLED.
         """
         watch = self._watch(task)
@@ -220,12 +221,14 @@ class Client(ClientBase):
         """Return a version."""
         return self._unary(calls.get_version(self._names, version))
 
-    def promote(self, version: VersionRef) -> Version:
+    def promote(self, version: VersionRef, *, force: bool = False) -> Version:
         """Make a version current; return it. Rolling back is promoting an older one.
 
-        ``"current"`` is refused: say which.
+        Args:
+            version: Which; ``"current"`` is refused.
+            force: Take a candidate, which the publish gate held back, too.
         """
-        return self._unary(calls.promote_version(self._names, version))
+        return self._unary(calls.promote_version(self._names, version, force))
 
     def download(
         self,

@@ -13,7 +13,7 @@ from typing import cast
 import grpc
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from inflora_client.resources import Failure, FieldViolation, Task
+from inflora_client.resources import Failure, FieldViolation, Task, TaskReport, TaskState
 
 _DETAILS_KEY = "grpc-status-details-bin"  # the key that gRPC reserves for a google.rpc.Status
 
@@ -110,7 +110,7 @@ class ConnectionFailedError(UnavailableError):
 
 
 class TaskFailedError(InfloraClientError):
-    """The task that was waited for ended as FAILED or CANCELLED.
+    """The task that was waited for ended as FAILED, CANCELLED or HELD_BACK.
 
     Args:
         task: The task as it ended.
@@ -123,6 +123,27 @@ class TaskFailedError(InfloraClientError):
     def __str__(self) -> str:
         why = f": {self.task.error.message}" if self.task.error else ""
         return f"task {self.task.id} ended as {self.task.state}{why}"
+
+
+class TaskHeldBackError(TaskFailedError):
+    """The task that was waited for was learned, but the publish gate holds its version back.
+
+    ``task.version`` is a candidate, which ``promote`` takes with ``force``.
+
+    Args:
+        task: The task as it ended.
+    """
+
+    @property
+    def report(self) -> TaskReport | None:
+        """What became of the task, with the checks of the gate; None from an incomplete answer."""
+        return self.task.report
+
+
+def error_of_task(task: Task) -> TaskFailedError:
+    """The error of a task that ended in another way than by being published."""
+    kind = TaskHeldBackError if task.state == TaskState.HELD_BACK else TaskFailedError
+    return kind(task)
 
 
 class CorruptDownloadError(InfloraClientError):

@@ -22,6 +22,8 @@ class TaskState(StrEnum):
     PUBLISHED = "PUBLISHED"
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
+    HELD_BACK = "HELD_BACK"
+    """Its version is stored, but as a candidate: the publish gate has something against it."""
 
 
 class HeldOutMethod(StrEnum):
@@ -178,6 +180,25 @@ class StageSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class GateCheck:
+    """One thing that the publish gate looks at before a version becomes current.
+
+    Attributes:
+        name: What is looked at, as the server's option that limits it is called.
+        value: What was measured; None where it was not, and then the check is passed.
+        limit: What the value was held against.
+        passed: Whether there is nothing against the version.
+        message: What was found, in English.
+    """
+
+    name: str
+    value: float | None
+    limit: float
+    passed: bool
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class TaskReport:
     """What became of a learned task.
 
@@ -200,6 +221,9 @@ class TaskReport:
         class_bytes: Bytes that each class adds to a version's state.
         shared_bytes: Bytes of statistics that all classes share.
         kept_epoch: The epoch, from 1, whose weights were kept; 0 where there was nothing to train.
+        checks: What the publish gate found, without checks that are switched off.
+        untrained_accuracy: On the training images, among this task's classes, before anything is
+            trained, each left out in turn, 0 to 1; None where every class has one image only.
     """
 
     layers: tuple[LayerReport, ...]
@@ -220,6 +244,13 @@ class TaskReport:
     class_bytes: int
     shared_bytes: int
     kept_epoch: int
+    checks: tuple[GateCheck, ...] = ()
+    untrained_accuracy: float | None = None
+
+    @property
+    def failed_checks(self) -> tuple[GateCheck, ...]:
+        """What the publish gate has against the version."""
+        return tuple(check for check in self.checks if not check.passed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,12 +300,13 @@ class Task:
         classes: The classes, in the order they arrived.
         example_count: Images in all.
         example_bytes: Encoded size of all images, in bytes.
-        version: The version that came of it; empty unless PUBLISHED.
-        error: Why the task failed; None unless FAILED.
+        version: The version that came of it; empty unless PUBLISHED or HELD_BACK.
+        error: Why the task failed, or was held back; None unless FAILED or HELD_BACK.
         create_time: When the task was accepted.
         start_time: When the learner began; None before.
         end_time: When the task ended; None before.
-        report: What became of it; None unless of kind LEARN and PUBLISHED, and in lists.
+        report: What became of it; None unless of kind LEARN, and PUBLISHED or HELD_BACK, and in
+            lists.
         kind: What it does. Only tasks of kind LEARN have classes and examples.
         forget: For FORGET: the classes.
         update: For UPDATE_CLASS: the change.
@@ -310,7 +342,12 @@ class Task:
     @property
     def ended(self) -> bool:
         """Whether the task will not change any more."""
-        return self.state in (TaskState.PUBLISHED, TaskState.FAILED, TaskState.CANCELLED)
+        return self.state in (
+            TaskState.PUBLISHED,
+            TaskState.FAILED,
+            TaskState.CANCELLED,
+            TaskState.HELD_BACK,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +395,8 @@ class Version:
         provider: Execution provider that runs it; empty when not loaded.
         purged: Whether its data were deleted with a class that was purged.
         stand_in: Whether it answers in place of the version that is current, which is damaged.
+        candidate: Whether the publish gate held it back; promoting it takes ``force``.
+        failed_checks: What the publish gate has against a candidate.
     """
 
     name: str
@@ -370,6 +409,8 @@ class Version:
     provider: str
     purged: bool = False
     stand_in: bool = False
+    candidate: bool = False
+    failed_checks: tuple[GateCheck, ...] = ()
 
     @property
     def number(self) -> int:

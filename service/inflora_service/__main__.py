@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from inflora_core.config import PRESETS, LearnConfig, Limits, preset
+from inflora_core.config import PRESETS, Gate, LearnConfig, Limits, preset
 from inflora_core.errors import InfloraError, InvalidInputError
 from inflora_service import backbone_source
 from inflora_service.examples import KeepExamples
@@ -38,6 +38,20 @@ _LIMIT_OPTIONS = {
     "reserve_bytes": "what stays free on the disk, or nothing is accepted",
 }
 """Fields of ``Limits`` with an option of their own."""
+
+OFF = "off"
+"""Instead of a limit: the check is left out."""
+
+_GATE_OPTIONS = {
+    "not_finite": "most numbers that may be NaN or infinite",
+    "leak": "largest share of a layer's update in protected directions",
+    "interference": "largest interference of a layer, where no canary images tell",
+    "accuracy": "least accuracy of the task's own images, from 0 (chance) to 1",
+    "distinct": "least share of a new class's images told from any one other class",
+    "similar": "the same, but only for a warning in the task's report",
+    "canary": "most accuracy on canary images of old classes that may be lost",
+}
+"""Fields of ``Gate``."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +105,19 @@ def _parser() -> argparse.ArgumentParser:
     add(group, "--device", defaults.device, "where to learn", choices=("auto", "cpu", "cuda"))
     add(group, "--learn-threads", 0, "threads of learning; 0: all processors but one", type=int)
 
+    group = parser.add_argument_group(
+        "the publish gate: a version over one of these limits is kept, but does not answer"
+    )
+    for name, text in _GATE_OPTIONS.items():
+        default = getattr(defaults.gate, name)
+        add(
+            group,
+            f"--gate-{name.replace('_', '-')}",
+            OFF if default is None else default,
+            f"{text}; {OFF}: do not look",
+            metavar="LIMIT",
+        )
+
     group = parser.add_argument_group("predicting")
     add(group, "--provider", defaults.provider, "what predicts", choices=("auto", "cpu", "cuda"))
     add(group, "--predict-threads", 0, "threads of a prediction; 0: one a processor", type=int)
@@ -134,6 +161,18 @@ def _limits(arguments: argparse.Namespace) -> Limits:
         raise InvalidInputError(f"--{option}: {first['msg']}") from error
 
 
+def _gate(arguments: argparse.Namespace) -> Gate:
+    limits = {name: getattr(arguments, f"gate_{name}") for name in _GATE_OPTIONS}
+    try:
+        return Gate.model_validate(
+            {name: None if limit == OFF else limit for name, limit in limits.items()}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--gate-{str(first['loc'][0]).replace('_', '-')}"
+        raise InvalidInputError(f"{option}: {first['msg']}, or {OFF}") from error
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     return Settings(
         store=arguments.store,
@@ -142,6 +181,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         host=arguments.host,
         port=arguments.port,
         learn=_learn_config(arguments),
+        gate=_gate(arguments),
         provider=arguments.provider,
         predict_threads=arguments.predict_threads,
         learn_threads=arguments.learn_threads,

@@ -24,6 +24,7 @@ ENDINGS = {
     TaskState.PUBLISHED: Event.PUBLISHED,
     TaskState.FAILED: Event.FAILED,
     TaskState.CANCELLED: Event.CANCELLED,
+    TaskState.HELD_BACK: Event.HELD_BACK,
 }
 """What the log calls the end of a task."""
 

@@ -31,6 +31,7 @@ from inflora_core.model import (
     Failure,
     FileEntry,
     Forget,
+    GateCheck,
     HeldOut,
     Task,
     TaskReport,
@@ -264,7 +265,7 @@ def encode_task(snapshot: Snapshot, *, report: bool = True) -> pb.Task:
         message.fraction_done = progress.fraction
         if task.state is TaskState.LEARNING:
             message.stage = pb.TaskStage.Value(f"TASK_STAGE_{progress.stage}")
-    if task.state is TaskState.PUBLISHED:
+    if task.state in (TaskState.PUBLISHED, TaskState.HELD_BACK):
         message.fraction_done = 1.0
     return message
 
@@ -302,6 +303,8 @@ def encode_version(
         provider=provider,
         purged=version.state is VersionState.PURGED,
         stand_in=stand_in,
+        candidate=version.candidate,
+        failed_checks=_checks(version.report.failed_checks) if version.report else (),
     )
 
 
@@ -408,7 +411,13 @@ def _report(report: TaskReport) -> pb.TaskReport:
         class_bytes=report.class_bytes,
         shared_bytes=report.shared_bytes,
         kept_epoch=report.kept_epoch,
+        checks=_checks(report.checks),
+        untrained_accuracy=report.untrained_accuracy,
     )
+
+
+def _checks(checks: Iterable[GateCheck]) -> list[pb.GateCheck]:
+    return [pb.GateCheck(**asdict(check)) for check in checks]
 
 
 def _timestamp(moment: datetime) -> Timestamp:

@@ -40,6 +40,7 @@ CODES: dict[type[errors.InfloraError], grpc.StatusCode] = {
     errors.DamagedError: grpc.StatusCode.DATA_LOSS,
     errors.StoreFormatError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ParityError: grpc.StatusCode.INTERNAL,
+    errors.GateError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.LearnerCrashedError: grpc.StatusCode.INTERNAL,
 }
 """The one place that says which error is which status."""

@@ -40,7 +40,7 @@ class Fate(Enum):
 def fate(task: Task, keep: KeepExamples) -> Fate:
     """Return what becomes of a task's examples, by the state that it is in.
 
-    The one place that decides. A task whose version waits to be promoted would STAY here.
+    The one place that decides.
     """
     if not task.state.ended:
         return Fate.STAY

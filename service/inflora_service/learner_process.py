@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from inflora_core.config import LearnConfig
+from inflora_core.config import Gate, LearnConfig
 from inflora_core.errors import (
     ERRORS_BY_REASON,
     CancelledError,
@@ -135,10 +135,13 @@ class LearnerProcess:
         task: str,
         spool: Path,
         settings: LearnConfig,
+        gate: Gate,
         parent: int | None,
         on_progress: Callable[[Progress], None],
     ) -> int:
         """Have the worker learn ``task``; return the version, durable but not yet current.
+
+        It is a candidate if the publish gate, with the limits ``gate``, holds it back.
 
         Raises:
             CancelledError: ``cancel`` came in time.
@@ -150,6 +153,7 @@ class LearnerProcess:
             "task": task,
             "spool": str(spool),
             "settings": settings.model_dump(mode="json"),
+            "gate": gate.model_dump(mode="json"),
             "parent": parent,
         }
         return await self._version_of(_Job(command, on_progress))

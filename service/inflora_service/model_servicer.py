@@ -51,7 +51,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> pb.PromoteVersionResponse:
         """Make a version current."""
         number = names.parse_version(request.name, field="name")
-        version = await self._host.promote(number, caller(context))
+        version = await self._host.promote(number, caller(context), force=request.force)
         return pb.PromoteVersionResponse(version=self._encode(version))
 
     async def DownloadArtifact(

@@ -29,7 +29,7 @@ from inflora.v1 import (
     predictor_service_pb2_grpc,
 )
 from inflora_core.audit import AuditLog, History
-from inflora_core.config import LearnConfig, Limits
+from inflora_core.config import Gate, LearnConfig, Limits
 from inflora_core.errors import UnavailableError
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.store import Store
@@ -77,6 +77,7 @@ class Settings:
         port: Port to listen on; 0 takes any free one.
         learn: Settings of tasks that ask for none.
         limits: What is refused.
+        gate: What versions are held back for.
         provider: What onnxruntime predicts with.
         predict_threads: Threads of one prediction; 0: one for each processor.
         learn_threads: Threads of the learning worker; 0: all processors but one.
@@ -93,6 +94,7 @@ class Settings:
     port: int = 50051
     learn: LearnConfig = field(default_factory=LearnConfig)
     limits: Limits = field(default_factory=Limits)
+    gate: Gate = field(default_factory=Gate)
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     predict_threads: int = 0
     learn_threads: int = 0
@@ -172,7 +174,7 @@ class Server:
         uploads = Uploads(examples, space, settings.limits)
         tasks = TaskQueue(
             *(store, records, host, audit, learner, settings.learn, settings.limits),
-            *(examples, uploads, space),
+            *(settings.gate, examples, uploads, space),
         )
         self.host, self.tasks = host, tasks
         undo.push_async_callback(uploads.close)

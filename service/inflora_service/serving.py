@@ -17,12 +17,14 @@ from inflora_core.audit import SERVER
 from inflora_core.config import Limits
 from inflora_core.errors import (
     DamagedError,
+    GateError,
     InfloraError,
     InvalidInputError,
     LimitExceededError,
     NotFoundError,
     StateError,
 )
+from inflora_core.gate import why_held_back
 from inflora_core.images import decode
 from inflora_core.model import Version, VersionState
 from inflora_core.predictor import Floats, Predictor, RuntimeOptions, processors, top_classes
@@ -217,7 +219,7 @@ class ModelHost:
         loaded = self._pinned.get(number)
         return loaded.predictor.provider if loaded else ""
 
-    async def promote(self, number: int, who: str) -> Version:
+    async def promote(self, number: int, who: str, *, force: bool = False) -> Version:
         """Make version ``number`` current once it is loaded and warm.
 
         What it forgets is forgotten from then on, in all versions.
@@ -225,13 +227,15 @@ class ModelHost:
         Args:
             number: The version.
             who: Who asked for it, for the audit log.
+            force: Take a candidate, too.
 
         Raises:
             NotFoundError: there is no such version.
+            GateError: it is a candidate that is not current already.
             StateError: it can answer nothing any more, because of what was forgotten.
             DamagedError: a file of it is damaged. The current version stays.
         """
-        return await unbroken(self._promote(number, who))
+        return await unbroken(self._promote(number, who, force))
 
     async def purge(self, number: int) -> None:
         """Delete the data of all versions that know what version ``number`` forgets.
@@ -243,9 +247,20 @@ class ModelHost:
         """
         await unbroken(self._purge(number))
 
-    async def _promote(self, number: int, who: str) -> Version:
+    async def _promote(self, number: int, who: str, force: bool) -> Version:
         async with self._swap:
+            if not force and not self.is_current(number):
+                self._refuse_candidate(await asyncio.to_thread(self._store.version, number))
             return await self._swap_to(number, who)
+
+    @staticmethod
+    def _refuse_candidate(version: Version) -> None:
+        if version.report is not None and version.candidate:
+            raise GateError(
+                f"version {version.number} is a candidate; force its promotion if it is to answer "
+                f"all the same: {why_held_back(version.report.failed_checks)}",
+                field="force",
+            )
 
     async def _purge(self, number: int) -> None:
         async with self._swap:
@@ -435,4 +450,6 @@ class ModelHost:
 
 def _may_stand_in(version: Version) -> bool:
     """Whether a version may answer in place of a damaged current one that was made from it."""
-    return version.state is not VersionState.PURGED and bool(version.classes)
+    return (
+        version.state is not VersionState.PURGED and bool(version.classes) and not version.candidate
+    )

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 from inflora_core import edits
 from inflora_core.audit import SERVER
-from inflora_core.config import LearnConfig, Limits
+from inflora_core.config import Gate, LearnConfig, Limits
 from inflora_core.errors import (
     CancelledError,
     ConflictError,
+    GateError,
     InfloraError,
     LearnerCrashedError,
     LimitExceededError,
@@ -30,6 +31,7 @@ from inflora_core.errors import (
     StateError,
     UnavailableError,
 )
+from inflora_core.gate import why_held_back
 from inflora_core.model import (
     Edit,
     Failure,
@@ -125,6 +127,7 @@ class TaskQueue:
         learner: Learns tasks.
         config: Settings of tasks that ask for none.
         limits: What is refused.
+        gate: What versions are held back for.
         examples: Where spools are.
         uploads: What may become tasks.
         space: Says whether there is room.
@@ -139,6 +142,7 @@ class TaskQueue:
         learner: LearnerProcess,
         config: LearnConfig,
         limits: Limits,
+        gate: Gate,
         examples: Examples,
         uploads: Uploads,
         space: Space,
@@ -150,6 +154,7 @@ class TaskQueue:
         self._learner = learner
         self._config = config
         self._limits = limits
+        self._gate = gate
         self._examples = examples
         self._uploads = uploads
         self._space = space
@@ -503,8 +508,26 @@ class TaskQueue:
         if isinstance(live.task.edit, Forget):
             version = await self._forget(live, live.task.edit, number)
         else:
+            version = await asyncio.to_thread(self._store.version, number)
+            if version.candidate:
+                await self._hold_back(live, version)
+                return
             version = await _as_often_as_it_takes(lambda: self._host.promote(number, SERVER))
         await self._end(live, TaskState.PUBLISHED, version=number, report=version.report)
+
+    async def _hold_back(self, live: _Live, version: Version) -> None:
+        """End a task whose version stays a candidate: the next one builds on the current one."""
+        assert version.report is not None, "a candidate has a report that says why it is one"
+        error = GateError(
+            f"version {version.number} is held back: {why_held_back(version.report.failed_checks)}"
+        )
+        await self._end(
+            live,
+            TaskState.HELD_BACK,
+            version=version.number,
+            report=version.report,
+            failure=Failure(error.reason, error.message),
+        )
 
     async def _make_version(self, live: _Live, parent: int | None) -> int:
         task = live.task
@@ -514,6 +537,7 @@ class TaskQueue:
             task.id,
             self._examples.spools / task.id,
             self._config.updated(**task.settings),
+            self._gate,
             parent,
             live.on_progress,
         )
@@ -543,7 +567,7 @@ class TaskQueue:
 
     async def _end(self, live: _Live, state: TaskState, **changes: Any) -> None:
         ended = replace(live.task, state=state, end_time=now(), withheld=(), **changes)
-        if state is not TaskState.PUBLISHED:
+        if state not in (TaskState.PUBLISHED, TaskState.HELD_BACK):
             ended = ended.without_classes(live.task.withheld)
         await self._write(Snapshot(ended, live.progress))
         cancelled = state is TaskState.CANCELLED

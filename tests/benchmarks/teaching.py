@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 import inflora_core
+from inflora_core import gate
 from inflora_core import model as plain_data
 from inflora_core.backbone import Backbone
-from inflora_core.config import LearnConfig
+from inflora_core.config import Gate, LearnConfig
 from inflora_core.heads import novelty_shares
 from inflora_core.learner import class_bytes, learn_task, load_weights
 from inflora_core.model import ContinualModel, LabelledImages
@@ -129,6 +130,25 @@ def teach(
         "warnings": list(report.warnings),
         "settings": report.settings,
         "device": report.device,
+    }
+
+
+def judge(
+    model: ContinualModel, backbone: Backbone, data: LabelledImages, task: str, config: LearnConfig
+) -> dict[str, Any]:
+    """Learn one task; return what the publish gate says of it with its default limits."""
+    learned = learn_task(model, backbone, data, task, config, Tracker())
+    checks = gate.checks(learned, Gate())
+    return {
+        "values": {check.name: check.value for check in checks},
+        "failed": [check.name for check in checks if not check.passed],
+        "alike": [
+            (learned.model.classes[found.position].label, found.told)
+            for found in learned.evidence.likenesses
+        ],
+        "warnings": list(gate.warnings(learned, Gate())),
+        "interference": learned.report.interference,
+        "leak": learned.report.leak,
     }
 
 

@@ -197,6 +197,26 @@ class TestLearn:
         line = error_line(run("learn", pets), 1)
         assert line == "inflora: task t1 ended as FAILED: the learner died"
 
+    def test_shows_why_a_task_is_held_back(self, run: Run, peer: Peer, pets: Path) -> None:
+        held_back = task_pb2.Task()
+        held_back.CopyFrom(PUBLISHED)
+        held_back.state = task_pb2.TASK_STATE_HELD_BACK
+        held_back.error.CopyFrom(status("FAILED_PRECONDITION", "version 1 is held back: Noise."))
+        held_back.report.checks.add(name="accuracy", value=0.02, limit=0.1, message="[Noise].")
+        held_back.report.checks.add(name="leak", value=0.0, limit=0.01, passed=True, message="No.")
+        peer.watches += [[held_back]] * 2
+        (pets / "dog" / "notes.txt").unlink()
+        result = run("learn", pets)
+        assert result.exit_code == 1
+        assert "held back for accuracy" in result.stdout
+        assert "0.02, limit 0.1: [Noise]." in result.stdout
+        assert "No." not in result.stdout
+        assert "ended as HELD_BACK: version 1 is held back: Noise." in result.stderr
+        assert "inflora promote --force" in result.stderr
+        as_json = run("--json", "learn", pets)
+        assert as_json.exit_code == 1
+        assert json.loads(as_json.stdout)["report"]["checks"][0]["value"] == 0.02
+
 
 class TestTasks:
     def test_lists(self, run: Run, peer: Peer) -> None:
@@ -349,6 +369,13 @@ class TestVersions:
         assert [v["current"] for v in lines(run("versions", "--json"))] == [True, False]
         assert run("promote", 1).stdout.splitlines()[1].split()[:2] == ["1", "current"]
         assert [v["current"] for v in lines(run("--json", "versions"))] == [False, True]
+
+    def test_shows_and_forces_a_candidate(self, run: Run, peer: Peer) -> None:
+        peer.add_version().candidate = True
+        peer.add_version()
+        assert run("versions").stdout.splitlines()[2].split()[:2] == ["1", "candidate"]
+        assert run("promote", "--force", 1).stdout.splitlines()[1].split()[:2] == ["1", "current"]
+        assert peer.calls["PromoteVersion"][0].force
 
     def test_exports(self, run: Run, peer: Peer, tmp_path: Path) -> None:
         peer.add_version()

@@ -30,6 +30,7 @@ from inflora_client import (
     FailedPreconditionError,
     FieldViolation,
     Forget,
+    GateCheck,
     HeldOutMethod,
     InternalError,
     InvalidArgumentError,
@@ -41,6 +42,7 @@ from inflora_client import (
     StatusError,
     TaskEvaluation,
     TaskFailedError,
+    TaskHeldBackError,
     TaskKind,
     TaskStage,
     TaskState,
@@ -283,6 +285,29 @@ class TestTasks:
         with pytest.raises(TaskFailedError, match="CANCELLED"):
             client.wait("t1")
 
+    def test_wait_raises_for_a_task_that_is_held_back(self, client: Client, peer: Peer) -> None:
+        leak = task_pb2.GateCheck(name="leak", value=0.0, limit=0.01, passed=True)
+        canary = task_pb2.GateCheck(name="canary", limit=0.1, passed=True)
+        failed = task_pb2.GateCheck(name="accuracy", value=0.02, limit=0.1, message="Are they?")
+        report = task_pb2.TaskReport(checks=[leak, canary, failed], untrained_accuracy=0.125)
+        why = status("FAILED_PRECONDITION", "version 4 is held back: Are they?", "GATE")
+        version = "models/default/versions/4"
+        held_back = task("HELD_BACK", error=why, report=report, version=version)
+        peer.watches.append([task("QUEUED"), held_back])
+        with pytest.raises(TaskHeldBackError, match="t1 ended as HELD_BACK: version 4 is") as found:
+            client.wait("t1")
+        assert found.value.task.state == TaskState.HELD_BACK
+        assert found.value.task.ended
+        assert found.value.task.version == version
+        assert found.value.task.error is not None
+        assert found.value.task.error.reason == "GATE"
+        assert found.value.report is not None
+        assert found.value.report.untrained_accuracy == 0.125
+        assert [check.value for check in found.value.report.checks] == [0.0, None, 0.02]
+        assert found.value.report.failed_checks == (
+            GateCheck("accuracy", 0.02, 0.1, passed=False, message="Are they?"),
+        )
+
     def test_lists_all_pages(self, client: Client, peer: Peer) -> None:
         for number in range(5):
             peer.add_task(f"t{number}")
@@ -512,6 +537,18 @@ class TestVersions:
         assert client.version("current").number == 1
         assert client.version(promoted) == promoted
         assert client.version("models/default/versions/2").number == 2
+
+    def test_forces_a_candidate(self, client: Client, peer: Peer) -> None:
+        peer.add_version()
+        check = task_pb2.GateCheck(name="leak", value=0.5, limit=0.01, message="It leaks.")
+        candidate = peer.add_version()
+        candidate.candidate = True
+        candidate.failed_checks.append(check)
+        assert not client.promote(1).candidate
+        forced = client.promote(2, force=True)
+        assert (forced.candidate, forced.current) == (True, True)
+        assert forced.failed_checks == (GateCheck("leak", 0.5, 0.01, False, "It leaks."),)
+        assert [call.force for call in peer.calls["PromoteVersion"]] == [False, True]
 
     def test_unknown_version(self, client: Client) -> None:
         with pytest.raises(NotFoundError, match="versions/7"):

@@ -46,7 +46,7 @@ def write(root: Path, entries: list[Entry]) -> list[bytes]:
     return (root / FILE).read_bytes().splitlines(keepends=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(entries=LOGS, restarts=st.integers(1, 3))
 def test_what_was_appended_comes_back(entries: list[Entry], restarts: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def test_what_was_appended_comes_back(entries: list[Entry], restarts: int) -> No
         )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(entries=LOGS, data=st.data())
 def test_a_change_of_any_byte_is_seen(entries: list[Entry], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,7 @@ def test_a_change_of_any_byte_is_seen(entries: list[Entry], data: st.DataObject)
         assert set(said(reading.lines)) <= set(entries)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(entries=st.lists(ENTRIES, min_size=3, max_size=6), data=st.data())
 def test_a_line_that_is_removed_repeated_or_moved_is_seen(
     entries: list[Entry], data: st.DataObject
@@ -102,7 +102,7 @@ def test_a_line_that_is_removed_repeated_or_moved_is_seen(
         assert reading.lines[-1].who == "later"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(entries=LOGS, data=st.data())
 def test_a_torn_line_is_set_aside(entries: list[Entry], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +121,7 @@ def test_a_torn_line_is_set_aside(entries: list[Entry], data: st.DataObject) -> 
         assert said(reading.lines) == [*entries[:-1], Entry(Event.STARTED, "server")]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(entries=LOGS, cut=st.integers(0, 6))
 def test_what_is_cut_off_at_the_end_shows_in_the_head_alone(entries: list[Entry], cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

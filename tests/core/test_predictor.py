@@ -122,7 +122,7 @@ def test_the_card_is_the_files(predictor: Predictor):
     assert predictor.provider == CPU
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 70), st.integers(2, 70), st.integers(0, 9))
 def test_the_parts_answer_as_the_whole_file_does(height: int, width: int, seed: int):
     """What the server runs in two sessions is what a device runs in one."""

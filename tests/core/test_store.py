@@ -211,7 +211,7 @@ def test_arrays_that_are_not_contiguous_are_not_scrambled(tmp_path: Path) -> Non
     assert_same(store.load_model(1), replace(done.model, version=1))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     chain=st.lists(
         st.tuples(
@@ -367,7 +367,7 @@ POSITIONS = st.integers(0, 2**20)
 MASKS = st.integers(1, 255)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     name=st.sampled_from(
         ["factors.safetensors", "head.safetensors", "memory.safetensors", ONNX_FILE]
@@ -419,7 +419,7 @@ def test_damaged_factors_of_an_ancestor_are_found(shared_store: Store) -> None:
             shared_store.load_model(3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(position=POSITIONS, mask=MASKS)
 def test_a_flipped_byte_in_a_manifest_is_found(
     shared_store: Store, position: int, mask: int
@@ -450,7 +450,7 @@ def test_strangers_among_the_versions_are_passed_over(store: Store) -> None:
     assert store.version_of_task("none") is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     name=st.sampled_from(["weights.safetensors", "template.onnx", "manifest.json"]),
     position=POSITIONS,
@@ -467,7 +467,7 @@ def test_a_flipped_byte_in_the_backbone_is_found(
     shared_store.backbone()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(position=POSITIONS, mask=MASKS)
 def test_a_flipped_byte_in_the_backbone_s_name_is_found(
     shared_store: Store, position: int, mask: int

@@ -41,6 +41,8 @@ WORKER = Path(__file__).parent / "scripted_worker.py"
 ROOT = Path(__file__).parents[2]
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+BLACK = (0, 0, 0)
+"""What the publish gate holds back; see ``mean_colour``."""
 
 
 def png(colour: tuple[int, int, int] = RED, size: tuple[int, int] = (16, 12)) -> bytes:

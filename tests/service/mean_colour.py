@@ -10,8 +10,8 @@ import numpy as np
 from onnx import TensorProto, helper
 from pydantic import TypeAdapter
 
-from inflora_core import edits
-from inflora_core.config import Limits
+from inflora_core import edits, gate
+from inflora_core.config import Gate, Limits
 from inflora_core.graph import compose, materialise
 from inflora_core.images import decode
 from inflora_core.model import (
@@ -69,7 +69,9 @@ def publish_task(store: Store, command: dict[str, Any]) -> int:
     for image, label in read_spool(Path(command["spool"])):
         colours.setdefault(label, []).append(decode(image, Limits()).mean(axis=(0, 1)) / 255)
     means = {label: np.mean(rows, axis=0) for label, rows in colours.items()}
-    return publish_colours(store, command["task"], means, command["parent"], command["settings"])
+    limits = Gate.model_validate(command["gate"])
+    task, parent, settings = (command[key] for key in ("task", "parent", "settings"))
+    return publish_colours(store, task, means, parent, settings, limits)
 
 
 def publish_colours(
@@ -78,10 +80,12 @@ def publish_colours(
     colours: dict[str, Any],
     parent: int | None = None,
     settings: dict[str, Any] | None = None,
+    limits: Gate | None = None,
 ) -> int:
     """Publish the version after ``parent`` that knows ``colours`` (0 to 1) by name, too.
 
-    Of a class that is known already, the new colour replaces the old one.
+    Of a class that is known already, the new colour replaces the old one. Black disturbs all that
+    is known, with an interference of 1: the publish gate holds it back.
     """
     before = store.load_model(parent)
     new = [label for label in colours if position_of(before.classes, label) is None]
@@ -101,8 +105,9 @@ def publish_colours(
         classes=classes,
         tasks=before.tasks + 1,
     )
+    interference = 0.25 if all(np.any(colour) for colour in colours.values()) else 1.0
     report = TaskReport(
-        layers=(LayerReport("blocks.0.attn", 4, 2, 4, 3, 1e-7, 0.25),),
+        layers=(LayerReport("blocks.0.attn", 4, 2, 4, 3, 1e-7, interference),),
         threshold=0.95,
         training_accuracy=1.0,
         held_out_accuracy_task_known=None,
@@ -122,4 +127,7 @@ def publish_colours(
     )
     template = store.backbone().template_path.read_bytes()
     onnx = materialise(template, after, store.next_number())
-    return store.publish(Learned(after, {}, report), task, onnx).number
+    learned = Learned(after, {}, report)
+    if limits is not None:
+        report = replace(report, checks=gate.checks(learned, limits))
+    return store.publish(replace(learned, report=report), task, onnx).number

@@ -157,7 +157,7 @@ def is_harmless(root: Path, name: str, before: bytes) -> bool:
     return False
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_random_damage(template: Path, data: st.DataObject) -> None:
     before, sound = content(template), models(template)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from inflora_core.config import LearnConfig
+from inflora_core.config import Gate, LearnConfig
 from inflora_core.errors import CancelledError
 from inflora_service import learner_process
 from inflora_service.learner_process import LearnerProcess
@@ -69,7 +69,7 @@ async def test_a_cancelled_job_is_not_given_to_the_next_worker(
     learner.start()
     try:
         await learner.wait_ready()
-        job = learner.learn("task", Path("spool"), LearnConfig(), None, lambda progress: None)
+        job = learner.learn("task", Path("spool"), LearnConfig(), Gate(), None, lambda _: None)
         learning = asyncio.create_task(job)
         await asyncio.sleep(0)  # the job is sent
         learner.cancel("task")

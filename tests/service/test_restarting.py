@@ -113,7 +113,9 @@ asyncio.run(serve(settings, lambda address: print(address, flush=True)))
 
 
 @contextlib.asynccontextmanager
-async def killed_at(point: str, settings: Settings, script: Script) -> AsyncIterator[str]:
+async def killed_at(
+    point: str, settings: Settings, script: Script, colour: tuple[int, int, int] = RED
+) -> AsyncIterator[str]:
     """Run a server as a process, and kill it when its worker waits at ``point`` with a task.
 
     Yields the task's name, with the worker, too, just before it notices.
@@ -128,7 +130,7 @@ async def killed_at(point: str, settings: Settings, script: Script) -> AsyncIter
         async with grpc.aio.insecure_channel(address) as channel:
             stub = learner_service_pb2_grpc.LearnerServiceStub(channel)
             script.hold(point)
-            task = (await stub.LearnTask(upload({"a": [png()]}))).task
+            task = (await stub.LearnTask(upload({"a": [png(colour)]}))).task
             await script.reached(point)
             script.pass_from_now_on(point)
             script.kill(signal.SIGSTOP)

@@ -311,13 +311,16 @@ def versions(
 def promote(
     context: typer.Context,
     version: Annotated[str, typer.Argument(metavar="N", help="Number of a version.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Take a candidate that was held back, too.")
+    ] = False,
     server: ServerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a version answer; promoting an older one rolls back."""
     session = Session.of(context, server, as_json)
     with session.client() as client:
-        found = [client.promote(version)]
+        found = [client.promote(version, force=force)]
         session.show(found, render.version_table(found))
 
 

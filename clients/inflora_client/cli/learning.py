@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from inflora_client import Client, Task, TaskFailedError, TaskState
+from inflora_client import Client, Task, TaskState
 from inflora_client.cli import render
 from inflora_client.cli.session import EXIT_INTERRUPTED, Session, note
+from inflora_client.errors import error_of_task
 
 
 def how_to_go_on(task_id: str) -> str:
@@ -34,10 +35,10 @@ def follow(session: Session, client: Client, task_id: str) -> None:
     except KeyboardInterrupt:
         note(f"\ntask {task_id} goes on without you; {how_to_go_on(task_id)}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    if task.state != TaskState.PUBLISHED:
-        raise TaskFailedError(task)
-    if not session.as_json:
+    if task.state in (TaskState.PUBLISHED, TaskState.HELD_BACK) and not session.as_json:
         session.show((), render.summary_table(task))
+    if task.state != TaskState.PUBLISHED:
+        raise error_of_task(task)
 
 
 def _watch(session: Session, client: Client, task_id: str) -> Task:

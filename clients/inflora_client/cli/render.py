@@ -17,6 +17,7 @@ from rich.text import Text
 from inflora_client import (
     ClassScore,
     Evaluation,
+    GateCheck,
     HeldOutMethod,
     PredictResult,
     Task,
@@ -112,9 +113,13 @@ def task_table(tasks: Iterable[Task]) -> Table:
 
 
 def _state_of(version: Version) -> str:
-    if version.stand_in:
-        return "stands in"  # for the current one, which is damaged
-    return "current" if version.current else "purged" if version.purged else ""
+    states = {
+        "stands in": version.stand_in,  # for the current one, which is damaged
+        "current": version.current,
+        "purged": version.purged,
+        "candidate": version.candidate,
+    }
+    return next((name for name, holds in states.items() if holds), "")
 
 
 def version_table(versions: Iterable[Version]) -> Table:
@@ -171,7 +176,7 @@ def prediction_table(answers: Iterable[FileAnswer]) -> Table:
 
 
 def summary_table(task: Task) -> Table:
-    """What a person wants to know of a published task."""
+    """What a person wants to know of a task that was published or held back."""
     rows: list[Sequence[object]] = [
         ("task", task.id),
         ("version", short(task.version)),
@@ -197,6 +202,10 @@ def summary_table(task: Task) -> Table:
         ]
         if report.parity:
             rows.append(("ONNX against torch", f"{report.parity.max_abs_diff:.1e}"))
+        rows += [
+            (f"held back for {check.name}", f"{_checked(check)}: {check.message}")
+            for check in report.failed_checks
+        ]
         rows += [("warning", warning) for warning in report.warnings]
     return _table(("", ""), rows, header=False)
 
@@ -277,6 +286,11 @@ def _table(
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: a label is not markup
     return table
+
+
+def _checked(check: GateCheck) -> str:
+    value = "not a number" if check.value is None else f"{check.value:.3g}"
+    return f"{value}, limit {check.limit:.3g}"
 
 
 def _when(time: datetime | None) -> str:

@@ -18,6 +18,7 @@ from inflora_client import (
     InternalError,
     NotFoundError,
     RetryPolicy,
+    TaskHeldBackError,
     UnavailableError,
 )
 
@@ -34,6 +35,11 @@ _RETRY = RetryPolicy(max_attempts=3)
 
 _HINTS: list[tuple[type[InfloraClientError], str]] = [
     (NotFoundError, "see what there is with 'inflora tasks' and 'inflora versions'"),
+    (
+        TaskHeldBackError,
+        "measure its version with 'inflora evaluate --version N', publish it all the same with "
+        "'inflora promote --force N'",
+    ),
     (InternalError, "see the server's log"),
 ]
 

@@ -226,7 +226,7 @@ class LearnerServiceServicer(object):
 
         Errors:
         - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
-        - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
+        - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
         not help.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -145,7 +145,7 @@ class LearnerServiceStub:
 
     Errors:
     - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
-    - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
+    - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
       not help.
     """
 
@@ -266,7 +266,7 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
 
     Errors:
     - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
-    - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
+    - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
       not help.
     """
 
@@ -432,7 +432,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
-        - FAILED_PRECONDITION: the task is published or failed, or is being published. A retry does
+        - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
           not help.
         """
 

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from inflora.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -97,6 +98,8 @@ class Version(_message.Message):
     PROVIDER_FIELD_NUMBER: _builtins.int
     PURGED_FIELD_NUMBER: _builtins.int
     STAND_IN_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
+    FAILED_CHECKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`models/{model}/versions/{n}`, n from 1."""
     parent: _builtins.str
@@ -115,6 +118,10 @@ class Version(_message.Message):
     """Whether it answers in place of the version that is current, which is damaged. Nothing is learned
     until a version is promoted; once the damaged one is restored, the next start takes it up again.
     """
+    candidate: _builtins.bool
+    """Whether the publish gate held it back. It can be looked at, evaluated and downloaded as any
+    other, but becomes current only when `PromoteVersionRequest.force` says so; it stays a candidate.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
@@ -126,6 +133,10 @@ class Version(_message.Message):
     @_builtins.property
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artifact]:
         """Its files. Those that hold a class forgotten since are not handed out, and left out here."""
+
+    @_builtins.property
+    def failed_checks(self) -> _containers.RepeatedCompositeFieldContainer[_task_pb2.GateCheck]:
+        """What the publish gate has against a candidate."""
 
     def __init__(
         self,
@@ -140,10 +151,12 @@ class Version(_message.Message):
         provider: _builtins.str = ...,
         purged: _builtins.bool = ...,
         stand_in: _builtins.bool = ...,
+        candidate: _builtins.bool = ...,
+        failed_checks: _abc.Iterable[_task_pb2.GateCheck] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "classes", b"classes", "create_time", b"create_time", "current", b"current", "name", b"name", "parent", b"parent", "provider", b"provider", "purged", b"purged", "stand_in", b"stand_in", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "candidate", b"candidate", "classes", b"classes", "create_time", b"create_time", "current", b"current", "failed_checks", b"failed_checks", "name", b"name", "parent", b"parent", "provider", b"provider", "purged", b"purged", "stand_in", b"stand_in", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -260,16 +273,20 @@ class PromoteVersionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`models/{model}/versions/{n}`."""
+    force: _builtins.bool
+    """Take it although the publish gate held it back."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        force: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -105,8 +105,8 @@ class ModelServiceServicer(object):
         A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and
-        - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten. A retry does
-        not help.
+        - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten (a retry does
+        not help), or it is a candidate (a retry with `force` helps).
         - DATA_LOSS: a file of the version is damaged. A retry does not help.
         - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
         """

@@ -65,8 +65,8 @@ class ModelServiceStub:
     A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
-    - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten. A retry does
-      not help.
+    - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten (a retry does
+      not help), or it is a candidate (a retry with `force` helps).
     - DATA_LOSS: a file of the version is damaged. A retry does not help.
     - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
     """
@@ -119,8 +119,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
-    - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten. A retry does
-      not help.
+    - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten (a retry does
+      not help), or it is a candidate (a retry with `force` helps).
     - DATA_LOSS: a file of the version is damaged. A retry does not help.
     - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
     """
@@ -188,8 +188,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and
-        - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten. A retry does
-          not help.
+        - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten (a retry does
+          not help), or it is a candidate (a retry with `force` helps).
         - DATA_LOSS: a file of the version is damaged. A retry does not help.
         - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
         """

@@ -39,6 +39,10 @@ class _TaskStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskState.V
     """Ended: `Task.error` says why. No version came of it."""
     TASK_STATE_CANCELLED: _TaskState.ValueType  # 5
     """Ended on request. No version came of it."""
+    TASK_STATE_HELD_BACK: _TaskState.ValueType  # 6
+    """Ended: `Task.version` is stored, but as a candidate. `Task.error` says what the publish gate has
+    against it.
+    """
 
 class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
     """Where a task is on its way from upload to version."""
@@ -55,6 +59,10 @@ TASK_STATE_FAILED: TaskState.ValueType  # 4
 """Ended: `Task.error` says why. No version came of it."""
 TASK_STATE_CANCELLED: TaskState.ValueType  # 5
 """Ended on request. No version came of it."""
+TASK_STATE_HELD_BACK: TaskState.ValueType  # 6
+"""Ended: `Task.version` is stored, but as a candidate. `Task.error` says what the publish gate has
+against it.
+"""
 Global___TaskState: _TypeAlias = TaskState  # noqa: Y015
 
 class _TaskKind:
@@ -504,6 +512,48 @@ class StageSeconds(_message.Message):
 Global___StageSeconds: _TypeAlias = StageSeconds  # noqa: Y015
 
 @_typing.final
+class GateCheck(_message.Message):
+    """One thing that the publish gate looks at before a version becomes current."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    PASSED_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What is looked at, named as the server's option that limits it: `not_finite`, `leak`,
+    `accuracy`, `distinct`, `canary` or `interference`.
+    """
+    value: _builtins.float
+    """What was measured. Unset where it was not; then the check is passed."""
+    limit: _builtins.float
+    """What the value was held against."""
+    passed: _builtins.bool
+    """Whether there is nothing against the version."""
+    message: _builtins.str
+    """What was found, in plain English."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        value: _builtins.float | None = ...,
+        limit: _builtins.float = ...,
+        passed: _builtins.bool = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "limit", b"limit", "message", b"message", "name", b"name", "passed", b"passed", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+    _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
+
+Global___GateCheck: _TypeAlias = GateCheck  # noqa: Y015
+
+@_typing.final
 class TaskReport(_message.Message):
     """What became of a learned task."""
 
@@ -527,6 +577,8 @@ class TaskReport(_message.Message):
     CLASS_BYTES_FIELD_NUMBER: _builtins.int
     SHARED_BYTES_FIELD_NUMBER: _builtins.int
     KEPT_EPOCH_FIELD_NUMBER: _builtins.int
+    CHECKS_FIELD_NUMBER: _builtins.int
+    UNTRAINED_ACCURACY_FIELD_NUMBER: _builtins.int
     leak: _builtins.float
     """Largest leak of any layer."""
     interference: _builtins.float
@@ -555,6 +607,10 @@ class TaskReport(_message.Message):
     """The epoch, from 1, whose weights were kept: the last one, unless training ended early and went
     back to the one that was best on the held-out images. 0 where there was nothing to train.
     """
+    untrained_accuracy: _builtins.float
+    """Share of training images whose class wins among this task's classes before anything is trained,
+    each left out of the statistics in turn, 0 to 1. Unset where every class has one image only.
+    """
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerReport]:
         """One entry for each attention layer, first to last."""
@@ -579,6 +635,10 @@ class TaskReport(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Things the owner of the task should know, in plain English."""
 
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateCheck]:
+        """What the publish gate found, without checks that are switched off."""
+
     def __init__(
         self,
         *,
@@ -600,10 +660,12 @@ class TaskReport(_message.Message):
         class_bytes: _builtins.int = ...,
         shared_bytes: _builtins.int = ...,
         kept_epoch: _builtins.int = ...,
+        checks: _abc.Iterable[Global___GateCheck] | None = ...,
+        untrained_accuracy: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "_tasks_left", b"_tasks_left", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "parity", b"parity", "settings", b"settings", "tasks_left", b"tasks_left"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "_tasks_left", b"_tasks_left", "_untrained_accuracy", b"_untrained_accuracy", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "parity", b"parity", "settings", b"settings", "tasks_left", b"tasks_left", "untrained_accuracy", b"untrained_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "_tasks_left", b"_tasks_left", "capacity", b"capacity", "class_bytes", b"class_bytes", "epoch_losses", b"epoch_losses", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "held_out_method", b"held_out_method", "interference", b"interference", "kept_epoch", b"kept_epoch", "layers", b"layers", "leak", b"leak", "parity", b"parity", "settings", b"settings", "shared_bytes", b"shared_bytes", "stage_seconds", b"stage_seconds", "tasks_left", b"tasks_left", "temperature", b"temperature", "training_accuracy", b"training_accuracy", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy", "_held_out_accuracy_task_known", b"_held_out_accuracy_task_known", "_tasks_left", b"_tasks_left", "_untrained_accuracy", b"_untrained_accuracy", "capacity", b"capacity", "checks", b"checks", "class_bytes", b"class_bytes", "epoch_losses", b"epoch_losses", "held_out_accuracy", b"held_out_accuracy", "held_out_accuracy_task_known", b"held_out_accuracy_task_known", "held_out_method", b"held_out_method", "interference", b"interference", "kept_epoch", b"kept_epoch", "layers", b"layers", "leak", b"leak", "parity", b"parity", "settings", b"settings", "shared_bytes", b"shared_bytes", "stage_seconds", b"stage_seconds", "tasks_left", b"tasks_left", "temperature", b"temperature", "training_accuracy", b"training_accuracy", "untrained_accuracy", b"untrained_accuracy", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__held_out_accuracy: _TypeAlias = _typing.Literal["held_out_accuracy"]  # noqa: Y015
     _WhichOneofArgType__held_out_accuracy: _TypeAlias = _typing.Literal["_held_out_accuracy", b"_held_out_accuracy"]  # noqa: Y015
@@ -611,12 +673,16 @@ class TaskReport(_message.Message):
     _WhichOneofArgType__held_out_accuracy_task_known: _TypeAlias = _typing.Literal["_held_out_accuracy_task_known", b"_held_out_accuracy_task_known"]  # noqa: Y015
     _WhichOneofReturnType__tasks_left: _TypeAlias = _typing.Literal["tasks_left"]  # noqa: Y015
     _WhichOneofArgType__tasks_left: _TypeAlias = _typing.Literal["_tasks_left", b"_tasks_left"]  # noqa: Y015
+    _WhichOneofReturnType__untrained_accuracy: _TypeAlias = _typing.Literal["untrained_accuracy"]  # noqa: Y015
+    _WhichOneofArgType__untrained_accuracy: _TypeAlias = _typing.Literal["_untrained_accuracy", b"_untrained_accuracy"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out_accuracy) -> _WhichOneofReturnType__held_out_accuracy | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out_accuracy_task_known) -> _WhichOneofReturnType__held_out_accuracy_task_known | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tasks_left) -> _WhichOneofReturnType__tasks_left | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__untrained_accuracy) -> _WhichOneofReturnType__untrained_accuracy | None: ...
 
 Global___TaskReport: _TypeAlias = TaskReport  # noqa: Y015
 
@@ -738,7 +804,7 @@ class Task(_message.Message):
     example_bytes: _builtins.int
     """Encoded size of all images, in bytes."""
     version: _builtins.str
-    """The version that came of it, `models/{model}/versions/{n}`; empty unless PUBLISHED."""
+    """The version that came of it, `models/{model}/versions/{n}`; empty unless PUBLISHED or HELD_BACK."""
     kind: Global___TaskKind.ValueType
     """What it does. Only tasks of kind LEARN have classes and examples."""
     @_builtins.property
@@ -747,7 +813,7 @@ class Task(_message.Message):
 
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """Why the task failed; unset unless FAILED."""
+        """Why the task failed, or was held back; unset unless FAILED or HELD_BACK."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -763,7 +829,7 @@ class Task(_message.Message):
 
     @_builtins.property
     def report(self) -> Global___TaskReport:
-        """What became of it; unset unless of kind LEARN and PUBLISHED."""
+        """What became of it; unset unless of kind LEARN, and PUBLISHED or HELD_BACK."""
 
     @_builtins.property
     def forget(self) -> Global___Forget:
