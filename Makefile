@@ -120,6 +120,10 @@ test: $(READY) ## all tests but the slow ones (PYTEST=flags)
 test-golden: $(READY) ## the recorded numbers of the published code
 	GOLDEN_REQUIRED=1 GOLDEN='$(GOLDEN)' $(BIN)/python -m pytest tests/golden $(PYTEST)
 
+.PHONY: test-kills
+test-kills: $(READY) ## kill -9 of server and worker again and again; half an hour, resumes (KILLS=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability.kills $(call flag,kills,$(KILLS))
+
 .PHONY: check
 check: check-style check-types check-imports check-stubs check-proto check-lock ## all checks
 

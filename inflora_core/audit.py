@@ -57,6 +57,9 @@ class Event(StrEnum):
     FAILED = "task failed"
     CANCELLED = "task cancelled"
     HELD_BACK = "version held back"
+    SET_ASIDE = "task set aside"
+    """It kept ending the worker."""
+    RETRIED = "task retried"
     PROMOTED = "version promoted"
     ROLLED_BACK = "version rolled back"
     """Made current, though it is not made from the one that was."""
@@ -126,6 +129,7 @@ class History:
     Attributes:
         accepted: Ids of tasks.
         ended: Ids of those that have ended.
+        set_aside: Ids of those that wait to be retried, or cancelled.
         forgotten: Keys of classes.
         purged: Keys of those whose data were deleted.
         current: Versions that were made current, oldest first.
@@ -134,6 +138,7 @@ class History:
 
     accepted: frozenset[str]
     ended: frozenset[str]
+    set_aside: frozenset[str]
     forgotten: frozenset[str]
     purged: frozenset[str]
     current: tuple[int, ...]
@@ -142,7 +147,9 @@ class History:
     @classmethod
     def of(cls, lines: Iterable[Line]) -> History:
         """Return what ``lines`` say."""
-        accepted, ended = set(), set()
+        accepted: set[str] = set()
+        ended: set[str] = set()
+        set_aside: set[str] = set()
         forgotten: set[str] = set()
         purged: set[str] = set()
         current: list[int] = []
@@ -150,8 +157,13 @@ class History:
         for line in lines:
             if line.event == Event.ACCEPTED:
                 accepted.add(line.task)
+            elif line.event == Event.SET_ASIDE:
+                set_aside.add(line.task)
+            elif line.event == Event.RETRIED:
+                set_aside.discard(line.task)
             elif line.event in ENDS:
                 ended.add(line.task)
+                set_aside.discard(line.task)
                 if line.version_to is not None:
                     parents[line.version_to] = line.version_from
             elif line.event in MOVES and line.version_to is not None:
@@ -161,6 +173,7 @@ class History:
         return cls(
             frozenset(accepted),
             frozenset(ended),
+            frozenset(set_aside),
             frozenset(forgotten | purged),
             frozenset(purged),
             tuple(current),

@@ -205,6 +205,10 @@ class Limits(BaseModel):
     """Encoded; the learner holds them while it decodes."""
     task_classes: int = Field(10_000, ge=1)
     queued_tasks: int = Field(100, ge=1)
+    task_attempts: int = Field(3, ge=1)
+    """How often in a row a worker may end in work on a task before the task is set aside."""
+    task_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Longest time in work on a task; 0: any."""
     upload_idle_seconds: float = Field(60.0, gt=0, allow_inf_nan=False)
     """Longest wait for the next message of an upload."""
     upload_seconds: float = Field(3600.0, ge=0, allow_inf_nan=False)

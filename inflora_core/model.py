@@ -35,6 +35,8 @@ class TaskState(StrEnum):
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
     HELD_BACK = "HELD_BACK"
+    SET_ASIDE = "SET_ASIDE"
+    """It kept ending the worker. Its examples are kept, and it can be tried again."""
     """Its version is a candidate: the publish gate has something against it."""
 
     @property
@@ -256,6 +258,10 @@ class Task:
     report: TaskReport | None = None
     edit: Edit | None = None
     """What to change, unless the task is to learn. It has no classes or examples then."""
+    crashes: int = 0
+    """How often in a row a worker ended in work on it, none having come further."""
+    crashed_at: int = 0
+    """The epoch that the last of them was in; 0 before the first."""
     withheld: tuple[str, ...] = ()
     """Names of purged classes that it mentions. They are taken out when it ends, unless what it
     makes is a version: then it taught, or named, something else so."""

@@ -31,6 +31,8 @@ import logging
 import math
 import os
 import queue
+import re
+import resource
 import sys
 import threading
 import time
@@ -77,6 +79,9 @@ _EDIT: TypeAdapter[Edit] = TypeAdapter(Edit)
 
 _LIMITS = Limits()
 """Images were checked against the server's own limits when they arrived."""
+
+_NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|bad allocation")
+"""What torch and onnxruntime say in errors that are no ``MemoryError``."""
 
 PROGRESS_SECONDS = 0.1
 """Least time between two reports of the same stage and epoch."""
@@ -293,14 +298,16 @@ def serve(worker: Worker, channel: Channel) -> None:
         except CancelledError:
             channel.send("cancelled", task=task)
         except (MemoryError, torch.OutOfMemoryError):
-            log.exception("out of memory")
-            _fail(channel, task, LimitExceededError("out of memory; try a smaller batch_size"))
+            _fail_for_memory(channel, task)
         except InfloraError as error:
             _fail(channel, task, error)
         except OSError as error:
             kind = LimitExceededError if durable.is_full(error) else UnavailableError
             _fail(channel, task, kind(f"cannot write to the store: {error}"))
         except Exception as error:
+            if _NO_MEMORY.search(str(error)):
+                _fail_for_memory(channel, task)
+                continue
             log.exception("task %s failed", task)
             _fail(channel, task, InfloraError(f"{type(error).__name__}: {error}"))
             # What state this process is in, nobody knows: a CUDA context does not survive some
@@ -320,6 +327,11 @@ def work(worker: Worker, channel: Channel, command: Mapping[str, Any]) -> int:
     return worker.learn(task, Path(command["spool"]), config, command["parent"], tracker, limits)
 
 
+def _fail_for_memory(channel: Channel, task: str | None) -> None:
+    log.exception("out of memory")
+    _fail(channel, task, LimitExceededError("out of memory; try a smaller batch_size"))
+
+
 def _fail(channel: Channel, task: str | None, error: InfloraError) -> None:
     channel.send("failed", task=task, reason=error.reason, message=error.message, field=error.field)
 
@@ -330,6 +342,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="0: all processors but one")
+    parser.add_argument("--memory-bytes", type=int, default=0, help="0: any")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s")
     # Libraries print to standard output; only events may.
@@ -340,6 +353,9 @@ def main() -> None:
     with contextlib.suppress(OSError):
         # Should memory run out, this process has to go, not the one that predicts.
         Path("/proc/self/oom_score_adj").write_text("1000")
+    if args.memory_bytes:
+        # Of what is written to, not of address space: libraries map far more than they use.
+        resource.setrlimit(resource.RLIMIT_DATA, (args.memory_bytes, args.memory_bytes))
     # One processor is left to predictions. With a thread on that one, too, every parallel section
     # of the training would wait for a thread that, at this priority, hardly ever runs.
     threads = args.threads or max(1, processors() - 1)

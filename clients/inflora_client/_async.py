@@ -105,6 +105,10 @@ class AsyncClient(ClientBase):
         """As ``Client.cancel``."""
         return await self._unary(calls.cancel_task(self._names, task))
 
+    async def retry(self, task: TaskRef) -> Task:
+        """As ``Client.retry``."""
+        return await self._unary(calls.retry_task(self._names, task))
+
     async def predict(
         self,
         images: Sequence[ImageSource],

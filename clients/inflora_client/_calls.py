@@ -78,6 +78,12 @@ def cancel_task(names: Names, task: TaskRef) -> Call[Task]:
     return Call(channel.CANCEL_TASK, request, lambda r: parse.task(r.task))
 
 
+def retry_task(names: Names, task: TaskRef) -> Call[Task]:
+    """RetryTask."""
+    request = learner_service_pb2.RetryTaskRequest(name=names.task(task))
+    return Call(channel.RETRY_TASK, request, lambda r: parse.task(r.task))
+
+
 def _labels(labels: str | Iterable[str]) -> list[str]:
     """A single label is no list of its letters."""
     return [normalised(label) for label in ([labels] if isinstance(labels, str) else labels)]

@@ -146,6 +146,10 @@ class Client(ClientBase):
         """Give a task up that has not ended; return it, CANCELLED."""
         return self._unary(calls.cancel_task(self._names, task))
 
+    def retry(self, task: TaskRef) -> Task:
+        """Put a task that is SET_ASIDE into the queue again; return it, QUEUED."""
+        return self._unary(calls.retry_task(self._names, task))
+
     def predict(
         self,
         images: Sequence[ImageSource],

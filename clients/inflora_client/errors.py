@@ -110,7 +110,7 @@ class ConnectionFailedError(UnavailableError):
 
 
 class TaskFailedError(InfloraClientError):
-    """The task that was waited for ended as FAILED, CANCELLED or HELD_BACK.
+    """The task that was waited for ended as FAILED, CANCELLED, HELD_BACK or SET_ASIDE.
 
     Args:
         task: The task as it ended.

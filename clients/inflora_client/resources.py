@@ -23,6 +23,7 @@ class TaskState(StrEnum):
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
     HELD_BACK = "HELD_BACK"
+    SET_ASIDE = "SET_ASIDE"
     """Its version is stored, but as a candidate: the publish gate has something against it."""
 
 
@@ -301,7 +302,8 @@ class Task:
         example_count: Images in all.
         example_bytes: Encoded size of all images, in bytes.
         version: The version that came of it; empty unless PUBLISHED or HELD_BACK.
-        error: Why the task failed, or was held back; None unless FAILED or HELD_BACK.
+        error: Why the task failed, or was held back or set aside; None unless FAILED, HELD_BACK
+            or SET_ASIDE.
         create_time: When the task was accepted.
         start_time: When the learner began; None before.
         end_time: When the task ended; None before.
@@ -347,6 +349,7 @@ class Task:
             TaskState.FAILED,
             TaskState.CANCELLED,
             TaskState.HELD_BACK,
+            TaskState.SET_ASIDE,
         )
 
 

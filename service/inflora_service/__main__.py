@@ -35,6 +35,8 @@ _LEARN_OPTIONS = (
 _LIMIT_OPTIONS = {
     "upload_seconds": "how long an upload that broke off can be continued",
     "upload_idle_seconds": "longest wait for the next message of an upload",
+    "task_attempts": "how often a worker may die of a task before it is set aside",
+    "task_seconds": "longest time in work on a task; 0: any",
     "reserve_bytes": "what stays free on the disk, or nothing is accepted",
 }
 """Fields of ``Limits`` with an option of their own."""
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(group, "--device", defaults.device, "where to learn", choices=("auto", "cpu", "cuda"))
     add(group, "--learn-threads", 0, "threads of learning; 0: all processors but one", type=int)
+    add(group, "--learn-memory-bytes", 0, "memory that learning may take; 0: any", type=int)
 
     group = parser.add_argument_group(
         "the publish gate: a version over one of these limits is kept, but does not answer"
@@ -185,6 +188,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         provider=arguments.provider,
         predict_threads=arguments.predict_threads,
         learn_threads=arguments.learn_threads,
+        learn_memory_bytes=arguments.learn_memory_bytes,
         device=arguments.device,
         keep_examples=arguments.keep_examples,
         limits=_limits(arguments),

@@ -25,6 +25,7 @@ ENDINGS = {
     TaskState.FAILED: Event.FAILED,
     TaskState.CANCELLED: Event.CANCELLED,
     TaskState.HELD_BACK: Event.HELD_BACK,
+    TaskState.SET_ASIDE: Event.SET_ASIDE,
 }
 """What the log calls the end of a task."""
 
@@ -85,6 +86,10 @@ class AuditTrail:
     async def ended(self, task: Task, who: str) -> None:
         """Report a task whose end is durable."""
         await self._write(await asyncio.to_thread(self._ending, task, who))
+
+    async def retried(self, task: Task, who: str) -> None:
+        """Report that a task that was set aside is in the queue again."""
+        await self._write(_retrial(task, who))
 
     async def moved(self, before: int | None, version: Version, who: str) -> None:
         """Report that a version is current.
@@ -150,8 +155,10 @@ class AuditTrail:
         recorded = dict(self._records.states())
         for task_id, state in recorded.items():
             new = task_id not in known.accepted
-            over = state.ended and task_id not in known.ended
-            if new or over:
+            aside = state is TaskState.SET_ASIDE
+            over = state.ended and task_id not in (known.set_aside if aside else known.ended)
+            again = not state.ended and task_id in known.set_aside
+            if new or over or again:
                 try:
                     task = self._records.get(task_id).task
                 except DamagedError as error:
@@ -159,6 +166,8 @@ class AuditTrail:
                     continue
                 if new:
                     entries.append(_acceptance(task, recovered=True))
+                if again:
+                    entries.append(_retrial(task, UNKNOWN, recovered=True))
                 if over:
                     who = UNKNOWN if state is TaskState.CANCELLED else SERVER
                     entries.append(self._ending(task, who, recovered=True))
@@ -223,6 +232,10 @@ def _acceptance(task: Task, *, recovered: bool = False) -> Entry:
         data_sha256=_data(task),
         recovered=recovered,
     )
+
+
+def _retrial(task: Task, who: str, *, recovered: bool = False) -> Entry:
+    return Entry(Event.RETRIED, who, task=task.id, recovered=recovered)
 
 
 def _data(task: Task) -> str:

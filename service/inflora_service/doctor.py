@@ -244,7 +244,12 @@ class _Examination:
                 yield _damage(path, f"task {task} has ended, and its record is older", remedy)
         known = self._history
         missing = [task for task in self._states if task not in known.accepted]
-        missing += [t for t, state in self._states.items() if state.ended and t not in known.ended]
+        missing += [
+            task
+            for task, state in self._states.items()
+            if state.ended
+            and task not in (known.set_aside if state is TaskState.SET_ASIDE else known.ended)
+        ]
         if missing:
             yield self._unsettled(
                 audit.FILE,
@@ -550,7 +555,7 @@ class _Examination:
                     "an upload broke off, and can be continued",
                     "the server removes it when its time is over",
                 )
-            elif task is None or task.state.ended:
+            elif task is None or (task.state.ended and task.state is not TaskState.SET_ASIDE):
                 yield self._unsettled(
                     f"spool/{folder.name}",
                     "its task has ended" if task else "no task has these examples",
@@ -558,7 +563,8 @@ class _Examination:
                     _removing(folder),
                 )
         for task in tasks.values():
-            if task.kind is TaskKind.LEARN and not task.state.ended:
+            waiting = not task.state.ended or task.state is TaskState.SET_ASIDE
+            if task.kind is TaskKind.LEARN and waiting:
                 yield from self._spool(task, spools / task.id)
 
     def _spool(self, task: Task, folder: Path) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from inflora_core import durable, failpoints
 from inflora_core.errors import DamagedError
-from inflora_core.model import MARK, Task, Version, positions_by_label
+from inflora_core.model import MARK, Task, TaskState, Version, positions_by_label
 from inflora_core.spool import read_labels
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ def fate(task: Task, keep: KeepExamples) -> Fate:
         return Fate.STAY
     if MARK in task.labels:
         return Fate.GO  # a class of it was purged while it waited
+    if task.state is TaskState.SET_ASIDE:
+        return Fate.STAY  # it can be tried again
     return Fate.KEEP if keep == "always" else Fate.GO
 
 

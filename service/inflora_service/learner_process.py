@@ -35,6 +35,9 @@ _EDIT: TypeAdapter[Edit] = TypeAdapter(Edit)
 RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0, 15.0)
 """Seconds before a restart, by how many workers died since one last finished a job."""
 
+CANCEL_SECONDS = 10.0
+"""How long a worker may go on with a job that is given up, before it is killed."""
+
 UNHEALTHY_AFTER = 3
 """Workers that died in a row before they were ready: the next will hardly do better."""
 
@@ -177,8 +180,27 @@ class LearnerProcess:
         self._job.cancelled = True
         if self._job.sent:
             self._send({"command": "cancel", "task": task})
+            loop = asyncio.get_running_loop()
+            loop.call_later(CANCEL_SECONDS, self._insist, self._job, self._process)
         else:
             self._finish(CancelledError("cancelled before the learner began"))
+
+    async def abandon(self) -> None:
+        """End the present worker, whatever it is at; return once it can do nothing any more."""
+        process = self._process
+        if process is not None:
+            self._ready.clear()
+            _kill(process)
+            await process.wait()
+
+    def _insist(self, job: _Job, process: asyncio.subprocess.Process | None) -> None:
+        """Kill a worker that does not notice that its job is given up."""
+        stuck = job is self._job and not job.result.done() and process is self._process
+        # A version that is being published is let be: it may be durable already.
+        publishing = job.progress is not None and job.progress.stage is Stage.PUBLISHING
+        if stuck and not publishing and process is not None:
+            log.warning("the learning worker goes on with a cancelled task, and is ended")
+            _kill(process)
 
     async def _version_of(self, job: _Job) -> int:
         number = await self._run(job)

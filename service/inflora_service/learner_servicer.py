@@ -88,3 +88,11 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         task = names.parse_task(request.name, field="name")
         snapshot = await self._tasks.cancel(task, caller(context))
         return pb.CancelTaskResponse(task=codec.encode_task(snapshot))
+
+    async def RetryTask(
+        self, request: pb.RetryTaskRequest, context: Context
+    ) -> pb.RetryTaskResponse:
+        """Try a task again that was set aside."""
+        task = names.parse_task(request.name, field="name")
+        snapshot = await self._tasks.retry(task, caller(context))
+        return pb.RetryTaskResponse(task=codec.encode_task(snapshot))

@@ -81,6 +81,7 @@ class Settings:
         provider: What onnxruntime predicts with.
         predict_threads: Threads of one prediction; 0: one for each processor.
         learn_threads: Threads of the learning worker; 0: all processors but one.
+        learn_memory_bytes: Memory that the learning worker may take; 0: any.
         device: What the learning worker learns on: ``auto``, ``cpu`` or ``cuda``.
         keep_examples: How long examples are kept once their task has ended.
         drain_seconds: How long running calls may take when the server stops.
@@ -98,6 +99,7 @@ class Settings:
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     predict_threads: int = 0
     learn_threads: int = 0
+    learn_memory_bytes: int = 0
     device: str = "auto"
     keep_examples: KeepExamples = "never"
     drain_seconds: float = 30.0
@@ -229,6 +231,7 @@ class Server:
             *("--store", str(settings.store)),
             *("--device", settings.device),
             *("--threads", str(settings.learn_threads)),
+            *("--memory-bytes", str(settings.learn_memory_bytes)),
         )
 
     async def _make_backbone(self, store: Store, learner: LearnerProcess) -> None:

@@ -48,7 +48,7 @@ from inflora_core.store import Store
 from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
 from inflora_service.errors import from_exception
-from inflora_service.examples import Examples
+from inflora_service.examples import Examples, Fate, fate
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.records import Snapshot, TaskRecords, content_hash, task_content
 from inflora_service.resuming import PartialUpload, Uploads
@@ -94,7 +94,9 @@ class _Live:
         self.notify()
 
     def on_progress(self, progress: Progress) -> None:
-        self.progress = progress
+        # What a worker has to do again, another had done: how far the task is does not fall.
+        done = self.progress.fraction if self.progress else 0.0
+        self.progress = replace(progress, fraction=max(done, progress.fraction))
         self.notify()
 
     def notify(self) -> None:
@@ -422,10 +424,7 @@ class TaskQueue:
         """
         live = self._live.get(task)
         if live is None:
-            ended = await self._record(task)
-            if ended.task.state is not TaskState.CANCELLED:
-                raise StateError(f"task {task} is {ended.task.state} already", field="name")
-            return ended
+            return await unbroken(self._cancel_ended(task, who))
         if live.progress is not None and live.progress.stage is Stage.PUBLISHING:
             raise StateError(f"task {task} is being published", field="name")
         if not live.cancelling:
@@ -438,6 +437,55 @@ class TaskQueue:
         while not live.task.state.ended:
             await self._wait(live.changed)
         return live.snapshot
+
+    async def _cancel_ended(self, task: str, who: str) -> Snapshot:
+        """Give up a task that was set aside; return one that is cancelled already."""
+        async with self._accepting:
+            ended = await self._record(task)
+            if ended.task.state is TaskState.SET_ASIDE:
+                live = self._live[task] = _Live(ended.task, cancelling=True, cancelled_by=who)
+                await self._end(live, TaskState.CANCELLED)
+                return live.snapshot
+        if ended.task.state is not TaskState.CANCELLED:
+            raise StateError(f"task {task} is {ended.task.state} already", field="name")
+        return ended
+
+    async def retry(self, task: str, who: str) -> Snapshot:
+        """Put a task that was set aside into the queue again, as the last one.
+
+        Raises:
+            NotFoundError: there is no such task.
+            StateError: it was not set aside, or its examples went with a class that was purged.
+            LimitExceededError: the queue or the disk is full.
+        """
+        return await unbroken(self._retry(task, who))
+
+    async def _retry(self, task: str, who: str) -> Snapshot:
+        async with self._accepting:
+            found = self._live[task].task if task in self._live else (await self._record(task)).task
+            if found.state is not TaskState.SET_ASIDE:
+                raise StateError(f"task {task} is {found.state}, not set aside", field="name")
+            if fate(found, "never") is not Fate.STAY:
+                raise StateError(
+                    f"a class of task {task} was purged, and its examples with it", field="name"
+                )
+            await self._check_room()
+            live = _Live(
+                replace(
+                    found,
+                    state=TaskState.QUEUED,
+                    start_time=None,
+                    end_time=None,
+                    failure=None,
+                    crashes=0,
+                )
+            )
+            await asyncio.to_thread(self._records.update, live.snapshot)
+            await self._audit.retried(live.task, who)
+            self._live[task] = live
+            self._queue.append(live)
+            self._arrival.set()
+            return live.snapshot
 
     async def _wait(self, changed: asyncio.Event) -> None:
         if not self._stopping:
@@ -478,9 +526,10 @@ class TaskQueue:
             await self._end(live, TaskState.CANCELLED)
         except Exception as error:
             known = from_exception(error)
-            log.warning("task %s failed: %s", live.task.id, known.message)
-            failure = Failure(known.reason, known.message, known.field)
-            await self._end(live, TaskState.FAILED, failure=failure)
+            crashed = isinstance(known, LearnerCrashedError)
+            state = TaskState.SET_ASIDE if crashed else TaskState.FAILED
+            log.warning("task %s is %s: %s", live.task.id, state, known.message)
+            await self._end(live, state, failure=Failure(known.reason, known.message, known.field))
 
     async def _work(self, live: _Live) -> None:
         task = replace(live.task, state=TaskState.LEARNING, start_time=now())
@@ -490,17 +539,51 @@ class TaskQueue:
             raise CancelledError("cancelled before the learner began")
         current = self._host.current
         parent = current.number if current else None
+        await self._publish(live, await self._in_time(live, parent))
+
+    async def _in_time(self, live: _Live, parent: int | None) -> int:
+        """Return the version that comes of a task, unless it takes too long."""
+        seconds = self._limits.task_seconds
         try:
-            number = await self._make_version(live, parent)
-        except LearnerCrashedError:
-            # The last thing a worker does is to make the version durable.
-            found = await asyncio.to_thread(self._store.version_of_task, task.id)
-            if found is None and live.cancelling:
-                raise CancelledError("cancelled on request") from None
-            if found is None:
-                raise
-            number = found
-        await self._publish(live, number)
+            async with asyncio.timeout(seconds or None):
+                return await self._whatever_it_takes(live, parent)
+        except TimeoutError:
+            await self._learner.abandon()
+            found = await asyncio.to_thread(self._store.version_of_task, live.task.id)
+            if found is not None:
+                return found
+            raise LimitExceededError(
+                f"the task took longer than {seconds:g} s; send fewer images, or ask for fewer "
+                "epochs"
+            ) from None
+
+    async def _whatever_it_takes(self, live: _Live, parent: int | None) -> int:
+        """Return the version that comes of a task, which goes on when a worker dies of it.
+
+        Raises:
+            LearnerCrashedError: too many have, and none came further than the one before.
+        """
+        while True:
+            try:
+                return await self._make_version(live, parent)
+            except LearnerCrashedError as error:
+                # The last thing a worker does is to make the version durable.
+                found = await asyncio.to_thread(self._store.version_of_task, live.task.id)
+                if found is not None:
+                    return found
+                if live.cancelling:
+                    raise CancelledError("cancelled on request") from None
+                await self._count_crash(live)
+                if live.task.crashes >= self._limits.task_attempts:
+                    raise
+                log.warning("task %s goes on with another worker: %s", live.task.id, error.message)
+
+    async def _count_crash(self, live: _Live) -> None:
+        epoch = live.progress.epoch if live.progress else 0
+        further = epoch > live.task.crashed_at
+        task = replace(live.task, crashes=1 if further else live.task.crashes + 1, crashed_at=epoch)
+        await self._write(Snapshot(task, live.progress))
+        live.task = task
 
     async def _publish(self, live: _Live, number: int) -> None:
         fraction = live.progress.fraction if live.progress else 1.0

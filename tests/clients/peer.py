@@ -295,6 +295,14 @@ class Learner(learner_grpc.LearnerServiceServicer):
         task.state = task_pb2.TASK_STATE_CANCELLED
         return learner.CancelTaskResponse(task=task)
 
+    def RetryTask(
+        self, request: learner.RetryTaskRequest, context: grpc.ServicerContext
+    ) -> learner.RetryTaskResponse:
+        self.peer.arrive("RetryTask", request, context)
+        task = self.peer.find("task", request.name, context)
+        task.state = task_pb2.TASK_STATE_QUEUED
+        return learner.RetryTaskResponse(task=task)
+
 
 class Predictor(predictor_grpc.PredictorServiceServicer):
     """Every image shows its own content: the label is the image's text."""

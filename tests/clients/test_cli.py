@@ -235,6 +235,11 @@ class TestTasks:
         (task,) = lines(run("cancel", "t1", "--json"))
         assert task["state"] == "CANCELLED"
 
+    def test_retries(self, run: Run, peer: Peer) -> None:
+        peer.add_task("t1", state="TASK_STATE_SET_ASIDE")
+        assert "set aside" in run("tasks").stdout
+        assert "queued" in run("retry", "t1").stdout
+
 
 class TestPredict:
     def test_shows_a_row_a_file(self, run: Run, peer: Peer, tmp_path: Path) -> None:

@@ -327,6 +327,11 @@ class TestTasks:
         assert cancelled.state == TaskState.CANCELLED
         assert cancelled.ended
 
+    def test_retries(self, client: Client, peer: Peer) -> None:
+        peer.add_task("t1", state="TASK_STATE_SET_ASIDE")
+        assert client.task("t1").ended
+        assert client.retry("t1").state == TaskState.QUEUED
+
     def test_does_not_stumble_over_a_newer_servers_states(self, client: Client, peer: Peer) -> None:
         peer.add_task("t1", state=77, stage=88, kind=99)
         found = client.task("t1")

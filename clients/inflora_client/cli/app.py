@@ -237,6 +237,20 @@ def cancel(
 
 
 @app.command()
+def retry(
+    context: typer.Context,
+    task: TaskArgument,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try a task again that was set aside."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        tasks = [client.retry(task)]
+        session.show(tasks, render.task_table(tasks))
+
+
+@app.command()
 def tasks(context: typer.Context, server: ServerOption = None, as_json: JsonOption = False) -> None:
     """List the tasks, newest first."""
     session = Session.of(context, server, as_json)

@@ -18,7 +18,7 @@ def how_to_go_on(task_id: str) -> str:
 def queued(session: Session, client: Client, task: Task, detach: bool) -> None:
     """Follow a task that was accepted just now, or say how that can be done later."""
     if detach:
-        state = f"task {task.id} is {task.state.lower()}"
+        state = f"task {task.id} is {task.state.lower().replace('_', ' ')}"
         session.show([task], f"{state}; {how_to_go_on(task.id)}")
     else:
         follow(session, client, task.id)

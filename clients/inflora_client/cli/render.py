@@ -44,7 +44,7 @@ def short(name: str) -> str:
 def describe(task: Task) -> str:
     """One line on where a task is."""
     learning = task.state == TaskState.LEARNING and task.stage != TaskStage.UNSPECIFIED
-    words = [(task.stage if learning else task.state).lower()]
+    words = [(task.stage if learning else task.state).lower().replace("_", " ")]
     if learning and task.epochs:
         words += [f"epoch {task.epoch}/{task.epochs}", f"loss {task.loss:.4f}"]
     return "  ".join(words)

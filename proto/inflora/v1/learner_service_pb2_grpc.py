@@ -81,6 +81,11 @@ class LearnerServiceStub(object):
                 request_serializer=inflora_dot_v1_dot_learner__service__pb2.CancelTaskRequest.SerializeToString,
                 response_deserializer=inflora_dot_v1_dot_learner__service__pb2.CancelTaskResponse.FromString,
                 _registered_method=True)
+        self.RetryTask = channel.unary_unary(
+                '/inflora.v1.LearnerService/RetryTask',
+                request_serializer=inflora_dot_v1_dot_learner__service__pb2.RetryTaskRequest.SerializeToString,
+                response_deserializer=inflora_dot_v1_dot_learner__service__pb2.RetryTaskResponse.FromString,
+                _registered_method=True)
 
 
 class LearnerServiceServicer(object):
@@ -233,6 +238,19 @@ class LearnerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetryTask(self, request, context):
+        """Puts a task that was set aside into the queue again, as the last one.
+
+        Errors:
+        - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
+        - FAILED_PRECONDITION: the task is not SET_ASIDE, or its examples went with a class that was purged.
+        A retry does not help.
+        - RESOURCE_EXHAUSTED: the queue or the disk is full. Retry later.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LearnerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -275,6 +293,11 @@ def add_LearnerServiceServicer_to_server(servicer, server):
                     servicer.CancelTask,
                     request_deserializer=inflora_dot_v1_dot_learner__service__pb2.CancelTaskRequest.FromString,
                     response_serializer=inflora_dot_v1_dot_learner__service__pb2.CancelTaskResponse.SerializeToString,
+            ),
+            'RetryTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryTask,
+                    request_deserializer=inflora_dot_v1_dot_learner__service__pb2.RetryTaskRequest.FromString,
+                    response_serializer=inflora_dot_v1_dot_learner__service__pb2.RetryTaskResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -500,6 +523,33 @@ class LearnerService(object):
             '/inflora.v1.LearnerService/CancelTask',
             inflora_dot_v1_dot_learner__service__pb2.CancelTaskRequest.SerializeToString,
             inflora_dot_v1_dot_learner__service__pb2.CancelTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inflora.v1.LearnerService/RetryTask',
+            inflora_dot_v1_dot_learner__service__pb2.RetryTaskRequest.SerializeToString,
+            inflora_dot_v1_dot_learner__service__pb2.RetryTaskResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -148,6 +148,15 @@ class LearnerServiceStub:
     - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
       not help.
     """
+    RetryTask: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.RetryTaskRequest, _learner_service_pb2.RetryTaskResponse]
+    """Puts a task that was set aside into the queue again, as the last one.
+
+    Errors:
+    - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
+    - FAILED_PRECONDITION: the task is not SET_ASIDE, or its examples went with a class that was purged.
+      A retry does not help.
+    - RESOURCE_EXHAUSTED: the queue or the disk is full. Retry later.
+    """
 
 @_typing.type_check_only
 class LearnerServiceAsyncStub(LearnerServiceStub):
@@ -268,6 +277,15 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
     - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
       not help.
+    """
+    RetryTask: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.RetryTaskRequest, _learner_service_pb2.RetryTaskResponse]  # type: ignore[assignment]
+    """Puts a task that was set aside into the queue again, as the last one.
+
+    Errors:
+    - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
+    - FAILED_PRECONDITION: the task is not SET_ASIDE, or its examples went with a class that was purged.
+      A retry does not help.
+    - RESOURCE_EXHAUSTED: the queue or the disk is full. Retry later.
     """
 
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -434,6 +452,21 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
         - FAILED_PRECONDITION: the task is published, held back or failed, or is being published. A retry does
           not help.
+        """
+
+    @_abc_1.abstractmethod
+    def RetryTask(
+        self,
+        request: _learner_service_pb2.RetryTaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_service_pb2.RetryTaskResponse, _abc.Awaitable[_learner_service_pb2.RetryTaskResponse]]:
+        """Puts a task that was set aside into the queue again, as the last one.
+
+        Errors:
+        - INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNAVAILABLE: as WatchTask.
+        - FAILED_PRECONDITION: the task is not SET_ASIDE, or its examples went with a class that was purged.
+          A retry does not help.
+        - RESOURCE_EXHAUSTED: the queue or the disk is full. Retry later.
         """
 
 def add_LearnerServiceServicer_to_server(servicer: LearnerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -43,6 +43,10 @@ class _TaskStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskState.V
     """Ended: `Task.version` is stored, but as a candidate. `Task.error` says what the publish gate has
     against it.
     """
+    TASK_STATE_SET_ASIDE: _TaskState.ValueType  # 7
+    """Ended, for now: learning workers kept dying in work on it, as `Task.error` says. Its examples are
+    kept until it is tried again (RetryTask) or given up (CancelTask).
+    """
 
 class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
     """Where a task is on its way from upload to version."""
@@ -62,6 +66,10 @@ TASK_STATE_CANCELLED: TaskState.ValueType  # 5
 TASK_STATE_HELD_BACK: TaskState.ValueType  # 6
 """Ended: `Task.version` is stored, but as a candidate. `Task.error` says what the publish gate has
 against it.
+"""
+TASK_STATE_SET_ASIDE: TaskState.ValueType  # 7
+"""Ended, for now: learning workers kept dying in work on it, as `Task.error` says. Its examples are
+kept until it is tried again (RetryTask) or given up (CancelTask).
 """
 Global___TaskState: _TypeAlias = TaskState  # noqa: Y015
 
@@ -813,7 +821,7 @@ class Task(_message.Message):
 
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """Why the task failed, or was held back; unset unless FAILED or HELD_BACK."""
+        """Why the task failed, or was held back or set aside; unset unless FAILED, HELD_BACK or SET_ASIDE."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
