@@ -42,6 +42,11 @@ POINTS = frozenset(
         "purge.deleted",
         "spool.delete",
         "spool.deleted",
+        "canary.write",
+        "canary.rename",
+        "canary.renamed",
+        "canary.delete",
+        "canary.deleted",
         # The worker: a version.
         "draft.write",
         "draft.sync",

@@ -71,6 +71,8 @@ class Settings:
         learn: Settings of tasks that ask for none.
         limits: What is refused.
         gate: What versions are held back for.
+        canary_images: Images of each new class to keep, to see what later tasks cost it; with 0
+            there are none, and those that were kept are deleted.
         provider: What onnxruntime predicts with.
         predict_threads: Threads of one prediction; 0: one for each processor.
         learn_threads: Threads of the learning worker; 0: all processors but one.
@@ -87,6 +89,7 @@ class Settings:
     learn: LearnConfig = field(default_factory=LearnConfig)
     limits: Limits = field(default_factory=Limits)
     gate: Gate = field(default_factory=Gate)
+    canary_images: int = 0
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     predict_threads: int = 0
     learn_threads: int = 0
@@ -154,7 +157,14 @@ class Server:
             on_health=lambda healthy: self._set_health(LEARNER, healthy),
         )
         tasks = TaskQueue(
-            store, records, host, learner, settings.learn, settings.limits, settings.gate
+            store,
+            records,
+            host,
+            learner,
+            settings.learn,
+            settings.limits,
+            settings.gate,
+            settings.canary_images,
         )
         self.host, self.tasks = host, tasks
         undo.callback(tasks.close)
@@ -221,12 +231,14 @@ class Server:
         """See that the store's backbone is sound, and the one asked for if one is.
 
         And the list of forgotten classes, without which nothing could be loaded. A purge may have
-        passed over a version whose manifest is sound again: it is finished.
+        passed over a version whose manifest is sound again: it is finished. Canary images go that
+        nobody asks for any more.
         """
         store.backbone()
         store.forgotten()
         try:
             store.purge(())
+            store.clear_canaries(all_of_them=not self._settings.canary_images)
         except OSError as error:
             log.warning("what a purge left behind stays until the next start: %s", error)
         if self._settings.backbone is not None:
