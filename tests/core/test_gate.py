@@ -404,18 +404,18 @@ def test_what_is_not_a_number_passes_nothing() -> None:
 
 
 def test_canary_images_take_the_place_of_interference() -> None:
-    bad = with_layer(learned(), interference=0.9)
-    without = found(bad, Gate())
+    bad, limits = with_layer(learned(), interference=0.9), Gate(canary=0.1)
+    without = found(bad, limits)
     assert (without["canary"].value, without["canary"].passed) == (None, True)
     assert not without["interference"].passed
-    few = found(bad, Gate(), Canaries(gate.FEWEST_CANARIES - 1, 0.8, 0.8))
+    few = found(bad, limits, Canaries(gate.FEWEST_CANARIES - 1, 0.8, 0.8))
     assert few["canary"].value is None
     assert not few["interference"].passed
-    enough = found(bad, Gate(), Canaries(gate.FEWEST_CANARIES, 0.8, 0.75))
+    enough = found(bad, limits, Canaries(gate.FEWEST_CANARIES, 0.8, 0.75))
     assert "interference" not in enough
     assert enough["canary"].passed
     assert enough["canary"].value == pytest.approx(0.05)
-    worse = found(bad, Gate(), Canaries(100, 0.8, 0.6))
+    worse = found(bad, limits, Canaries(100, 0.8, 0.6))
     assert [name for name, check in worse.items() if not check.passed] == ["canary"]
     assert not found(bad, Gate(canary=None), Canaries(100, 0.8, 0.8))["interference"].passed
 

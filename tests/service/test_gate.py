@@ -62,11 +62,11 @@ async def test_a_version_that_fails_a_check_is_kept_but_does_not_answer(running:
     }
     assert not [c for c in held_back.report.checks if c.name == "canary" and c.HasField("value")]
     (failed,) = (check for check in held_back.report.checks if not check.passed)
-    assert (failed.value, failed.limit) == (1.0, 0.6)
+    assert (failed.value, failed.limit) == (1.0, 0.5)
     assert held_back.error.code == code_pb2.FAILED_PRECONDITION
     assert reason_of(held_back) == "GATE"
     assert held_back.error.message == f"version 2 is held back: {failed.message}"
-    assert "interference of a layer is 1.00, and at most 0.60 is allowed" in failed.message
+    assert "interference of a layer is 1.00, and at most 0.50 is allowed" in failed.message
 
     candidate = await get(running, 2)
     assert candidate.candidate
