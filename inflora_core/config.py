@@ -165,18 +165,19 @@ class Gate(BaseModel):
     """Most numbers of head, statistics and factors that may be NaN or infinite."""
     leak: float | None = Field(0.01, ge=0, le=1)
     """Largest leak of a layer: the share of its update that touches protected directions."""
-    interference: float | None = Field(0.6, ge=0, le=1)
+    interference: float | None = Field(0.5, ge=0, le=1)
     """Largest interference of a layer, where no canary images tell what it comes to."""
-    accuracy: float | None = Field(0.1, ge=0, le=1)
+    accuracy: float | None = Field(0.2, ge=0, le=1)
     """Least share of the way from chance to perfect that the task's own images, unseen, are told
-    right. At the least so much that chance gets there in one task of a hundred."""
+    right; half of it where one class alone is told from all others. And at the least so much that
+    chance gets there in one task of a hundred."""
     distinct: float | None = Field(None, ge=0, le=1)
     """Least share of a new class's images that are told from any one other class. Off: some honest
     classes look alike to a backbone, and ``similar`` names them."""
     similar: float | None = Field(0.75, ge=0, le=1)
     """The same; a class below it is no reason to hold a version back, but is named in a warning."""
-    canary: float | None = Field(0.1, ge=0, le=1)
-    """Most accuracy on the canary images of old classes that may be lost."""
+    canary: float | None = Field(0.25, ge=0, le=1)
+    """Most accuracy on the canary images of old classes that may be lost, new ones competing."""
 
 
 class Limits(BaseModel):

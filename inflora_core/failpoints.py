@@ -55,6 +55,11 @@ POINTS = frozenset(
         "examples.moved",
         "examples.delete",
         "examples.deleted",
+        "canary.write",
+        "canary.rename",
+        "canary.renamed",
+        "canary.delete",
+        "canary.deleted",
         # The worker: a version.
         "checkpoint.replace",
         "checkpoint.replaced",

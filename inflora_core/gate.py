@@ -262,7 +262,7 @@ def _accuracy(found: Evidence, share: float | None) -> GateCheck | None:
         if side is None or least is None:
             continue
         value = beyond_chance(side.right, side)
-        limit = max(share, beyond_chance(least, side))
+        limit = max(share * side.typical / TYPICAL, beyond_chance(least, side))
         message = (
             f"{side.right / side.images:.0%} of {side.images} {images}, are told right, where "
             f"{side.chance:.0%} is chance: {value:.2f} of the way to perfect, and at least "

@@ -19,6 +19,7 @@
             manifest.json                a ``Version``: parent, task, classes, report, sha256s
             manifest.sha256
     drafts/                              what is being written; emptied when a learner opens it
+    canary/                              images of old classes, if they are kept: ``canary.py``
 
 Everything is written to ``drafts``, flushed to the disk, and renamed into its place, so that a
 reader sees a version whole or not at all. K and V weights are not stored: they are the backbone's
@@ -49,7 +50,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, load_file, save
 
-from inflora_core import durable, edits, failpoints
+from inflora_core import canary, durable, edits, failpoints
 from inflora_core.errors import (
     DamagedError,
     InvalidInputError,
@@ -628,12 +629,14 @@ class Store:
     def forget(self, keys: Collection[str]) -> None:
         """Forget classes for good, durably: no version is read with them any more.
 
-        Doing it again changes nothing. Only the one process that promotes may call this.
+        Canary images of them are deleted. Doing it again changes nothing. Only the one process that
+        promotes may call this.
         """
         known = self.forgotten()
         changed = Forgotten(known.keys.union(keys), known.purged)
         if changed != known:
             self._remember(changed)
+        canary.forget(self.root, keys)
 
     def purge(self, keys: Collection[str]) -> None:
         """Delete the data of all versions that know one of these classes, which are forgotten.
@@ -662,6 +665,26 @@ class Store:
             for number, version in self._manifests()
             if not self._is_purged(number, version, purged)
         ]
+
+    def clear_canaries(self, *, all_of_them: bool = False) -> None:
+        """Delete canary images of classes that are forgotten, or that no version ever knew.
+
+        Only the one process that promotes may call this.
+
+        Args:
+            all_of_them: Whether to keep none of any class.
+
+        Raises:
+            DamagedError: the list of forgotten classes cannot be read.
+            OSError: something could not be deleted.
+        """
+        found, manifests = canary.keys(self.root), [version for _, version in self._manifests()]
+        known = {entry.key for version in manifests for entry in version.classes}
+        gone = {key for key in found if canary.is_draft(key)} | self.forgotten().keys
+        # What a version knows whose manifest is damaged, nothing says.
+        if len(manifests) == len(self.numbers()):
+            gone |= found - known
+        canary.forget(self.root, found if all_of_them else found & gone)
 
     def names_of(self, keys: Collection[str]) -> frozenset[str]:
         """Return what classes are, or once were, called, without names of classes of now."""

@@ -46,12 +46,13 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from inflora_core import bundled, durable, edits, gate
+from inflora_core import bundled, canary, durable, edits, gate
 from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
 from inflora_core.checkpoint import Checkpoint
 from inflora_core.config import Gate, LearnConfig, Limits
 from inflora_core.errors import (
     CancelledError,
+    DamagedError,
     InfloraError,
     LimitExceededError,
     UnavailableError,
@@ -68,7 +69,7 @@ from inflora_core.model import (
     Progress,
     Stage,
 )
-from inflora_core.predictor import processors
+from inflora_core.predictor import Predictor, RuntimeOptions, processors
 from inflora_core.progress import Tracker
 from inflora_core.spool import read_spool
 from inflora_core.store import Store
@@ -141,7 +142,8 @@ class Worker:
         with before_merging(backbone, before, learned) as logits:
             parity = check_parity(onnx, logits, pixels, Decoded(sample.values()), backbone)
         limits = limits or Gate()
-        checks = gate.checks(learned, limits)
+        canaries = self._canaries(before, onnx, tracker) if limits.canary is not None else None
+        checks = gate.checks(learned, limits, canaries)
         for check in checks:
             if not check.passed:
                 log.warning("task %s is held back: %s", task, check.message)
@@ -181,6 +183,31 @@ class Worker:
         self._store.publish_edit(edited, task, onnx)
         self._newest = replace(edited.model, version=number)
         return number
+
+    def _canaries(
+        self, before: ContinualModel, onnx: bytes, tracker: Tracker
+    ) -> gate.Canaries | None:
+        """Return how the canary images of known classes fare before a task, and after it."""
+        examples = []
+        for position, entry in enumerate(before.classes):
+            try:
+                kept = canary.read(self._store.root, entry.key)
+            except DamagedError as error:
+                log.warning("canary images of class %r are passed over: %s", entry.label, error)
+                continue
+            examples += [(image, position) for image in kept]
+        if not examples:
+            return None
+        shares, number = [], self._store.next_number()
+        for content in (materialise(self._template, before, number), onnx):
+            predictor = Predictor.load(content, RuntimeOptions(self._threads, "cpu"))
+            right = 0
+            for image, position in examples:
+                answers = predictor.predict([decode(image, _LIMITS)])
+                right += int(answers.logits.argmax()) == position
+                tracker.step(1.0)  # where it can be cancelled
+            shares.append(right / len(examples))
+        return gate.Canaries(len(examples), *shares)
 
     def _load(self) -> Backbone:
         if self._backbone is None:

@@ -121,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
             metavar="LIMIT",
         )
 
+    add(
+        group,
+        "--canary-images",
+        defaults.canary_images,
+        "images of each new class to keep, to see what later tasks cost it; 0: none, and those "
+        "that were kept are deleted",
+        type=_count,
+    )
+
     group = parser.add_argument_group("predicting")
     add(group, "--provider", defaults.provider, "what predicts", choices=("auto", "cpu", "cuda"))
     add(group, "--predict-threads", 0, "threads of a prediction; 0: one a processor", type=int)
@@ -140,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     levels = ("debug", "info", "warning", "error")
     add(parser, "--log-level", "info", "least severe messages to log", choices=levels)
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
 
 
 def _learn_config(arguments: argparse.Namespace) -> LearnConfig:
@@ -185,6 +201,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         port=arguments.port,
         learn=_learn_config(arguments),
         gate=_gate(arguments),
+        canary_images=arguments.canary_images,
         provider=arguments.provider,
         predict_threads=arguments.predict_threads,
         learn_threads=arguments.learn_threads,

@@ -78,6 +78,8 @@ class Settings:
         learn: Settings of tasks that ask for none.
         limits: What is refused.
         gate: What versions are held back for.
+        canary_images: Images of each new class to keep, to see what later tasks cost it; with 0
+            there are none, and those that were kept are deleted.
         provider: What onnxruntime predicts with.
         predict_threads: Threads of one prediction; 0: one for each processor.
         learn_threads: Threads of the learning worker; 0: all processors but one.
@@ -96,6 +98,7 @@ class Settings:
     learn: LearnConfig = field(default_factory=LearnConfig)
     limits: Limits = field(default_factory=Limits)
     gate: Gate = field(default_factory=Gate)
+    canary_images: int = 0
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     predict_threads: int = 0
     learn_threads: int = 0
@@ -176,7 +179,7 @@ class Server:
         uploads = Uploads(examples, space, settings.limits)
         tasks = TaskQueue(
             *(store, records, host, audit, learner, settings.learn, settings.limits),
-            *(settings.gate, examples, uploads, space),
+            *(settings.gate, settings.canary_images, examples, uploads, space),
         )
         self.host, self.tasks = host, tasks
         undo.push_async_callback(uploads.close)
@@ -246,12 +249,14 @@ class Server:
 
         And the list of forgotten classes, without which nothing could be loaded: what the audit log
         says was forgotten stays so, should the list have been lost. A purge may have passed over a
-        version whose manifest is sound again: it is finished.
+        version whose manifest is sound again: it is finished. Canary images go that nobody asks for
+        any more.
         """
         store.backbone()
         store.forget(history.forgotten)
         try:
             store.purge(history.purged)
+            store.clear_canaries(all_of_them=not self._settings.canary_images)
         except OSError as error:
             log.warning("what a purge left behind stays until the next start: %s", error)
         if self._settings.backbone is not None:

@@ -17,12 +17,13 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-from inflora_core import edits
+from inflora_core import canary, edits
 from inflora_core.audit import SERVER
 from inflora_core.config import Gate, LearnConfig, Limits
 from inflora_core.errors import (
     CancelledError,
     ConflictError,
+    DamagedError,
     GateError,
     InfloraError,
     LearnerCrashedError,
@@ -43,7 +44,7 @@ from inflora_core.model import (
     Version,
     now,
 )
-from inflora_core.spool import SpoolSummary
+from inflora_core.spool import SpoolSummary, read_spool
 from inflora_core.store import Store
 from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
@@ -130,6 +131,7 @@ class TaskQueue:
         config: Settings of tasks that ask for none.
         limits: What is refused.
         gate: What versions are held back for.
+        canary_images: How many images of each new class are kept; 0 for none.
         examples: Where spools are.
         uploads: What may become tasks.
         space: Says whether there is room.
@@ -145,6 +147,7 @@ class TaskQueue:
         config: LearnConfig,
         limits: Limits,
         gate: Gate,
+        canary_images: int,
         examples: Examples,
         uploads: Uploads,
         space: Space,
@@ -157,6 +160,7 @@ class TaskQueue:
         self._config = config
         self._limits = limits
         self._gate = gate
+        self._canary_images = canary_images
         self._examples = examples
         self._uploads = uploads
         self._space = space
@@ -592,11 +596,35 @@ class TaskQueue:
             version = await self._forget(live, live.task.edit, number)
         else:
             version = await asyncio.to_thread(self._store.version, number)
+            await asyncio.to_thread(self._keep_canaries, live.task, version)
             if version.candidate:
                 await self._hold_back(live, version)
                 return
             version = await _as_often_as_it_takes(lambda: self._host.promote(number, SERVER))
         await self._end(live, TaskState.PUBLISHED, version=number, report=version.report)
+
+    def _keep_canaries(self, task: Task, version: Version) -> None:
+        """Keep some images of each class that the task taught first, evenly among those it has.
+
+        A task is not to fail for them: where they cannot be kept, there are none of its classes.
+        """
+        keys = {entry.label: entry.key for entry in version.classes if entry.task == task.id}
+        if not self._canary_images or not keys:
+            return
+        counts = dict(zip(task.labels, task.example_counts, strict=True))
+        steps = {label: -(-counts[label] // self._canary_images) for label in keys}
+        kept: dict[str, list[bytes]] = {label: [] for label in keys}
+        seen = dict.fromkeys(keys, 0)
+        try:
+            for image, label in read_spool(self._examples.spools / task.id):
+                if label in keys:
+                    if seen[label] % steps[label] == 0:
+                        kept[label].append(image)
+                    seen[label] += 1
+            for label, images in kept.items():
+                canary.keep(self._store.root, keys[label], images)
+        except (OSError, DamagedError) as error:
+            log.warning("no canary images are kept of task %s: %s", task.id, error)
 
     async def _hold_back(self, live: _Live, version: Version) -> None:
         """End a task whose version stays a candidate: the next one builds on the current one."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from scipy import stats
 
-from inflora_core import gate
-from inflora_core.config import Gate, LearnConfig
+from inflora_core import canary, gate
+from inflora_core.config import Gate, LearnConfig, Limits
+from inflora_core.errors import DamagedError
 from inflora_core.gate import Canaries
 from inflora_core.heads import ClassStatistics, Discriminant, Examined, leave_one_out
+from inflora_core.images import decode
 from inflora_core.learner import learn_task
 from inflora_core.model import (
     Array,
@@ -32,12 +36,13 @@ from inflora_core.model import (
     TaskReport,
     Told,
 )
+from inflora_core.predictor import Predictor
 from inflora_core.progress import Tracker
 from inflora_core.spool import SpoolWriter
-from inflora_core.store import Store, initial_layer
+from inflora_core.store import ONNX_FILE, Store, initial_layer
 from inflora_core.worker import Worker
 from tests.core import tiny
-from tests.core.test_store import LAYERS, REPORT, A, D, E
+from tests.core.test_store import LAYERS, REPORT, A, D, E, open_with_backbone
 from tests.core.test_store import learned as learned_on
 
 OFF = Gate(**dict.fromkeys(Gate.model_fields))
@@ -54,8 +59,8 @@ def learned(**evidence: Any) -> Learned:
     return replace(sound, evidence=Evidence(**evidence))
 
 
-def found(task: Learned, settings: Gate, canaries: Canaries | None = None) -> dict[str, GateCheck]:
-    return {check.name: check for check in gate.checks(task, settings, canaries)}
+def found(task: Learned, limits: Gate, canaries: Canaries | None = None) -> dict[str, GateCheck]:
+    return {check.name: check for check in gate.checks(task, limits, canaries)}
 
 
 def features_of(rng: np.random.Generator, classes: int, each: int, apart: float) -> Array:
@@ -310,12 +315,23 @@ def test_one_class_alone_is_no_evidence_before_there_are_others(school: School) 
     assert (told.images, told.chance) == (36, 0.5)
 
 
-def test_the_worker_makes_a_candidate_of_what_is_held_back(tmp_path: Path) -> None:
-    store = Store.open(tmp_path / "store")
+@pytest.fixture(scope="module")
+def store_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with one version, which knows LABELS."""
+    folder = tmp_path_factory.mktemp("four")
+    worker = Worker(Store.open(folder / "store"), torch.device("cpu"), 1)
+    worker.prepare(str(tiny.write_backbone(folder)), None)
+    worker.learn("old", tiny.write_spool(folder / "old", LABELS, 20), CONFIG, None, Tracker())
+    return folder / "store"
+
+
+@pytest.fixture
+def store(store_of_four: Path, tmp_path: Path) -> Store:
+    return Store.open(shutil.copytree(store_of_four, tmp_path / "store"))
+
+
+def test_the_worker_makes_a_candidate_of_what_is_held_back(store: Store, tmp_path: Path) -> None:
     worker = Worker(store, torch.device("cpu"), 1)
-    worker.prepare(str(tiny.write_backbone(tmp_path)), None)
-    spool = tiny.write_spool(tmp_path / "real", LABELS, 20)
-    assert worker.learn("real", spool, CONFIG, None, Tracker()) == 1
     assert not store.version(1).candidate
     with SpoolWriter(tmp_path / "mixed up") as mixed_up:
         order = np.random.default_rng(0).permutation(80)
@@ -388,18 +404,18 @@ def test_what_is_not_a_number_passes_nothing() -> None:
 
 
 def test_canary_images_take_the_place_of_interference() -> None:
-    bad = with_layer(learned(), interference=0.9)
-    without = found(bad, Gate())
+    bad, limits = with_layer(learned(), interference=0.9), Gate(canary=0.1)
+    without = found(bad, limits)
     assert (without["canary"].value, without["canary"].passed) == (None, True)
     assert not without["interference"].passed
-    few = found(bad, Gate(), Canaries(gate.FEWEST_CANARIES - 1, 0.8, 0.8))
+    few = found(bad, limits, Canaries(gate.FEWEST_CANARIES - 1, 0.8, 0.8))
     assert few["canary"].value is None
     assert not few["interference"].passed
-    enough = found(bad, Gate(), Canaries(gate.FEWEST_CANARIES, 0.8, 0.75))
+    enough = found(bad, limits, Canaries(gate.FEWEST_CANARIES, 0.8, 0.75))
     assert "interference" not in enough
     assert enough["canary"].passed
     assert enough["canary"].value == pytest.approx(0.05)
-    worse = found(bad, Gate(), Canaries(100, 0.8, 0.6))
+    worse = found(bad, limits, Canaries(100, 0.8, 0.6))
     assert [name for name, check in worse.items() if not check.passed] == ["canary"]
     assert not found(bad, Gate(canary=None), Canaries(100, 0.8, 0.8))["interference"].passed
 
@@ -450,3 +466,109 @@ def test_leaving_out_is_what_chance_is_measured_with() -> None:
     assert honest is not None
     assert found(learned(untrained=flattered), Gate())["accuracy"].passed
     assert not found(learned(untrained=honest), Gate())["accuracy"].passed
+
+
+# -- canary images ---------------------------------------------------------------------------------
+
+
+def test_canary_images_are_kept_as_they_are(tmp_path: Path) -> None:
+    assert canary.read(tmp_path, "task.0") == []
+    assert canary.keys(tmp_path) == frozenset()
+    images = [b"one", b"", b"three" * 1000]
+    canary.keep(tmp_path, "task.0", images)
+    canary.keep(tmp_path, "task.0", [b"later ones"])
+    canary.keep(tmp_path, "task.1", [b"other"])
+    assert canary.read(tmp_path, "task.0") == images
+    assert canary.keys(tmp_path) == {"task.0", "task.1"}
+    canary.forget(tmp_path, ["task.0", "task.7"])
+    canary.forget(tmp_path, ["task.0"])
+    assert canary.keys(tmp_path) == {"task.1"}
+
+
+@settings(deadline=None)  # it waits for the disk
+@given(st.data())
+def test_damage_to_canary_images_is_noticed(data: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder)
+        canary.keep(store, "task.0", [b"some image", b"another"])
+        path = data.draw(st.sampled_from(sorted((store / "canary" / "task.0").iterdir())))
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+        try:
+            assert canary.read(store, "task.0") == [b"some image", b"another"]
+        except DamagedError:
+            path.unlink()
+            with pytest.raises(DamagedError):
+                canary.read(store, "task.0")
+
+
+def test_the_worker_measures_what_old_classes_lose(store: Store, tmp_path: Path) -> None:
+    worker = Worker(store, torch.device("cpu"), 1)
+    old = store.version(1).classes
+    for entry in old[:3]:
+        canary.keep(store.root, entry.key, [tiny.png(entry.label, 50 + i) for i in range(9)])
+    spool = tiny.write_spool(tmp_path / "new", ("cyan", "magenta"), 20)
+    worker.learn("sound", spool, CONFIG, 1, Tracker())
+    report = store.version(2).report
+    assert report is not None
+    (check,) = (check for check in report.checks if check.name == "canary")
+    images = [decode(tiny.png(label, 50 + i), Limits()) for label in LABELS[:3] for i in range(9)]
+    before, after = (
+        np.mean(
+            Predictor.load(store.path(number, ONNX_FILE)).predict(images).logits.argmax(1)
+            == np.repeat(np.arange(3), 9)
+        )
+        for number in (1, 2)
+    )
+    assert check.value == pytest.approx(before - after)
+    assert "27 images" in check.message
+    assert "interference" not in {check.name for check in report.checks}
+    # Images that are damaged are not measured with; too few are no measure.
+    next((store.root / "canary" / old[0].key).glob("0*")).write_bytes(b"damaged")
+    worker.learn("again", spool, CONFIG, 1, Tracker())
+    report = store.version(3).report
+    assert report is not None
+    (check,) = (check for check in report.checks if check.name == "canary")
+    assert (check.value, check.passed) == (None, True)
+
+
+def test_canary_images_that_show_a_loss_hold_a_version_back(store: Store, tmp_path: Path) -> None:
+    worker = Worker(store, torch.device("cpu"), 1)
+    images = [tiny.png("red", 50 + i) for i in range(30)]
+    canary.keep(store.root, store.version(1).classes[0].key, images)
+    with SpoolWriter(tmp_path / "stolen") as stolen:  # a known class under another name
+        for number in range(60):
+            stolen.add(tiny.png("red", number), "scarlet")
+            stolen.add(tiny.png("cyan", number), "cyan")
+        stolen.finish()
+    assert worker.learn("bad", stolen.folder, CONFIG, 1, Tracker()) == 2
+    report = store.version(2).report
+    assert report is not None
+    (failed,) = report.failed_checks
+    assert failed.name == "canary"
+    assert failed.value is not None
+    assert failed.value > 0.1
+    assert any("'scarlet' is hard to tell from 'red'" in warning for warning in report.warnings)
+
+
+def test_images_of_classes_that_are_gone_are_cleared(tmp_path: Path) -> None:
+    store = open_with_backbone(tmp_path / "store")
+    blank = store.initial_model(store.backbone())
+    for task in ("first", "second"):
+        store.publish(learned_on(blank, task, 1), task, b"onnx")
+    for key in ("first.0", "first.1", "second.0", "third.0", ".draft.half"):
+        canary.keep(store.root, key, [b"image"])
+    store.forget(["first.1"])
+    assert canary.keys(store.root) == {"first.0", "second.0", "third.0", ".draft.half"}
+    # As long as a manifest is damaged, nobody knows whose images these are.
+    manifest = store.path(2, ONNX_FILE).with_name("manifest.json")
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:-1])
+    store.clear_canaries()
+    assert canary.keys(store.root) == {"first.0", "second.0", "third.0"}
+    manifest.write_bytes(content)
+    store.clear_canaries()
+    assert canary.keys(store.root) == {"first.0", "second.0"}
+    store.clear_canaries(all_of_them=True)
+    assert canary.keys(store.root) == frozenset()
