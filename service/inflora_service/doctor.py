@@ -182,6 +182,7 @@ class _Examination:
     def _all(self) -> Iterator[Finding]:
         yield from self._audit()
         self._read_manifests()
+        yield from self._lost_log()
         yield from self._records()
         yield from self._backbone()
         yield from self._forgotten_classes()
@@ -212,6 +213,15 @@ class _Examination:
                 f"its last {self._reading.torn} bytes are no whole line, as a power cut leaves it",
                 "they can be set aside; what they said is added at the next start",
                 lambda: _open_log(self._root),
+            )
+
+    def _lost_log(self) -> Iterator[Finding]:
+        # Records would miss it, too: but they may be lost with it.
+        if self._numbers and not (self._reading.lines or self._reading.torn):
+            yield _damage(
+                audit.FILE,
+                f"there are {len(self._numbers)} versions, and not a line about them",
+                "restore it from a backup; the next start begins a new one with what records say",
             )
 
     # -- records ------------------------------------------------------------------------------
@@ -546,6 +556,7 @@ class _Examination:
     def _spools(self) -> Iterator[Finding]:
         spools, tasks = self._root / "spool", self._tasks
         if tasks is None:
+            yield from self._anybodys_spools(spools)
             return
         for folder in sorted(spools.iterdir()) if spools.is_dir() else ():
             task = tasks.get(folder.name)
@@ -566,6 +577,20 @@ class _Examination:
             waiting = not task.state.ended or task.state is TaskState.SET_ASIDE
             if task.kind is TaskKind.LEARN and waiting:
                 yield from self._spool(task, spools / task.id)
+
+    def _anybodys_spools(self, spools: Path) -> Iterator[Finding]:
+        """Look at examples of which no record says whose they are."""
+        for folder in sorted(spools.iterdir()) if spools.is_dir() else ():
+            if (folder / ORIGIN).exists():
+                continue  # it broke off, and need not be whole
+            try:
+                check_spool(folder)
+            except DamagedError as error:
+                yield _warning(
+                    f"spool/{folder.name}",
+                    error.message,
+                    "nothing says whether a task still needs them: restore the records first",
+                )
 
     def _spool(self, task: Task, folder: Path) -> Iterator[Finding]:
         try:

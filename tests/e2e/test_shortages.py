@@ -208,10 +208,23 @@ def inside(server: RunningServer) -> Path:
 @contextmanager
 def filled(server: RunningServer, left: int) -> Iterator[None]:
     """Fill the disk until ``left`` bytes are free."""
-    disk = os.statvfs(inside(server))
     filler = inside(server) / "filler"
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - left)
+
+    def fill() -> bool:
+        disk = os.statvfs(inside(server))
+        with filler.open("ab") as file:
+            size = file.tell() + disk.f_bavail * disk.f_frsize - left
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                # The server wrote something in between, a checkpoint for example.
+                if error.errno != errno.ENOSPC:
+                    raise
+                return False
+        return True
+
+    while not fill():
+        pass
     try:
         yield
     finally:

@@ -133,7 +133,7 @@ def damage(path: Path, kind: str, position: int, mask: int) -> None:
 def is_harmless(root: Path, name: str, before: bytes) -> bool:
     """Whether a changed file says what it said: a blank is as good as another."""
     path = root / name
-    if path.name == audit.FILE:
+    if path.name == audit.FILE and path.exists():
         # What is cut off between lines does not show, unless a record says that it was there.
         kept = path.read_bytes()
         return before.startswith(kept) and kept.endswith(b"\n")
@@ -302,6 +302,10 @@ LEFT: dict[str, tuple[str, Callable[[Path], None]]] = {
             )
         ),
     ),
+    "no log and no records": (
+        "audit.jsonl",
+        lambda root: ((root / audit.FILE).unlink(), (root / "tasks.sqlite").unlink())[0],
+    ),
     "the format": ("FORMAT", lambda root: (root / "FORMAT").unlink()),
     "the backbone": ("template.onnx", lambda root: spoil(next(root.glob("backbones/*/*.onnx")))),
 }
@@ -328,6 +332,15 @@ def test_examples_are_no_orphans_where_records_are_lost(store: Path) -> None:
         harm()
         assert not examine(store, repair=True).sound
         assert check_spool(spool).counts == (2,)
+
+
+def test_examples_that_are_damaged_are_named_where_records_are_lost(store: Path) -> None:
+    (spool,) = (store / "spool").iterdir()
+    (store / "tasks.sqlite").unlink()
+    assert not is_named(examine(store), f"spool/{spool.name}/examples.jsonl")
+    (spool / "examples.jsonl").unlink()
+    assert is_named(examine(store), f"spool/{spool.name}/examples.jsonl")
+    assert spool.is_dir()
 
 
 def test_damaged_examples_are_named(store: Path) -> None:
