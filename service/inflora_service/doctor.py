@@ -217,7 +217,8 @@ class _Examination:
 
     def _lost_log(self) -> Iterator[Finding]:
         # Records would miss it, too: but they may be lost with it.
-        if self._numbers and not (self._reading.lines or self._reading.torn):
+        # Repairs and starts alone are no history: what they follow is gone.
+        if self._numbers and not (self._history.accepted or self._history.parents):
             yield _damage(
                 audit.FILE,
                 f"there are {len(self._numbers)} versions, and not a line about them",
