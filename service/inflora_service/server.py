@@ -106,7 +106,7 @@ class Settings:
     device: str = "auto"
     keep_examples: KeepExamples = "never"
     drain_seconds: float = 30.0
-    worker: tuple[str, ...] = (sys.executable, "-m", "inflora_core.worker")
+    worker: tuple[str, ...] = (sys.executable, "-m", "inflora_core.worker_start")
 
 
 class Server:

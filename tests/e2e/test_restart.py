@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,16 @@ def wait_for_training(client: Client, task: Task) -> None:
         if seen.stage is TaskStage.TRAINING:
             return
     raise AssertionError("the task ended before it was trained")
+
+
+def test_a_worker_that_notices_nothing_does_not_hold_the_store(folder: Path) -> None:
+    """As while it imports torch: longer than the next server waits."""
+    with serving(folder, stop=False) as server, connect(server) as client:
+        task = client.learn(examples("red", "green", each=6))
+        wait_for_training(client, task)
+        os.kill(server.worker_pid(), signal.SIGSTOP)
+    with serving(folder) as server, connect(server) as client:
+        assert client.wait(task).state is TaskState.PUBLISHED
 
 
 @pytest.mark.parametrize("gently", [True, False], ids=["SIGTERM", "SIGKILL"])
