@@ -65,6 +65,10 @@ class Event(StrEnum):
     """Made current, though it is not made from the one that was."""
     FELL_BACK = "fell back"
     """The current version is damaged, and another answers in its place. It stays current."""
+    PINNED = "version pinned"
+    UNPINNED = "version unpinned"
+    RETIRED = "version retired"
+    """Deleted but for what later versions are made of, because it was old."""
     FORGOTTEN = "classes forgotten"
     PURGED = "classes purged"
     REPAIRED = "store repaired"
@@ -134,6 +138,8 @@ class History:
         purged: Keys of those whose data were deleted.
         current: Versions that were made current, oldest first.
         parents: What versions were made from.
+        pinned: Versions that are kept however old they are.
+        retired: Versions whose data were deleted.
     """
 
     accepted: frozenset[str]
@@ -143,6 +149,8 @@ class History:
     purged: frozenset[str]
     current: tuple[int, ...]
     parents: dict[int, int | None]
+    pinned: frozenset[int]
+    retired: frozenset[int]
 
     @classmethod
     def of(cls, lines: Iterable[Line]) -> History:
@@ -154,6 +162,8 @@ class History:
         purged: set[str] = set()
         current: list[int] = []
         parents: dict[int, int | None] = {}
+        pinned: set[int] = set()
+        retired: set[int] = set()
         for line in lines:
             if line.event == Event.ACCEPTED:
                 accepted.add(line.task)
@@ -168,6 +178,12 @@ class History:
                     parents[line.version_to] = line.version_from
             elif line.event in MOVES and line.version_to is not None:
                 current.append(line.version_to)
+            elif line.event == Event.PINNED and line.version_to is not None:
+                pinned.add(line.version_to)
+            elif line.event == Event.UNPINNED and line.version_to is not None:
+                pinned.discard(line.version_to)
+            elif line.event == Event.RETIRED and line.version_to is not None:
+                retired.add(line.version_to)
             elif line.event in (Event.FORGOTTEN, Event.PURGED):
                 (forgotten if line.event == Event.FORGOTTEN else purged).update(line.classes)
         return cls(
@@ -178,6 +194,8 @@ class History:
             frozenset(purged),
             tuple(current),
             parents,
+            frozenset(pinned),
+            frozenset(retired),
         )
 
 

@@ -180,6 +180,18 @@ class Gate(BaseModel):
     """Most accuracy on the canary images of old classes that may be lost, new ones competing."""
 
 
+class Retention(BaseModel):
+    """Which versions are kept, beside the current one and those that are pinned; 0: all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    versions: int = Field(0, ge=0)
+    """Newest versions that can be used. Of older ones only the factors stay, of which later ones
+    are made."""
+    onnx_files: int = Field(3, ge=0)
+    """Newest versions whose ``model.onnx`` stays. Others' is made again when it is asked for."""
+
+
 class Limits(BaseModel):
     """What the server accepts before it refuses."""
 

@@ -358,6 +358,13 @@ class VersionState(StrEnum):
     """It knew classes that were forgotten since; it answers without them."""
     PURGED = "PURGED"
     """Its data were deleted with a class that it knew; only its factors are kept."""
+    RETIRED = "RETIRED"
+    """Its data were deleted because it was old; only its factors are kept."""
+
+    @property
+    def stripped(self) -> bool:
+        """Whether only what later versions are made of is left: it can never be used again."""
+        return self in (VersionState.PURGED, VersionState.RETIRED)
 
 
 @dataclass(frozen=True)
@@ -387,6 +394,8 @@ class Version:
     """Keys of the classes that are forgotten from this version on."""
     state: VersionState = VersionState.WHOLE
     """Not in the manifest: it is found when that is read."""
+    pinned: bool = False
+    """Whether it is kept however old it is. Not in the manifest either."""
 
     @property
     def candidate(self) -> bool:

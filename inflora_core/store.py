@@ -15,9 +15,12 @@
             factors.safetensors          A_t and B_t of the version's task
             head.safetensors             weight and bias of all classes, their statistics, novelty
             memory.safetensors           Q, k and C_old of every layer
-            model.onnx                   derived: template + merged weights + head
+            model.onnx                   derived: template + merged weights + head; where it is
+                                         not kept, it is made again when it is asked for
             manifest.json                a ``Version``: parent, task, classes, report, sha256s
             manifest.sha256
+            PINNED                       if it is there, the version is kept however old it is
+            RETIRED                      if it is there, only factors and manifest are kept
     drafts/                              what is being written; emptied when a learner opens it
     canary/                              images of old classes, if they are kept: ``canary.py``
 
@@ -25,7 +28,8 @@ Everything is written to ``drafts``, flushed to the disk, and renamed into its p
 reader sees a version whole or not at all. K and V weights are not stored: they are the backbone's
 with the factors of the version's ancestors merged in order, rounded to float32 after each.
 
-What is published never changes, but for one thing: classes can be forgotten. From then on a version
+What is published never changes, but for two things. Versions can be retired: then only the factors
+stay, of which later ones are made. And classes can be forgotten. From then on a version
 that knew them is read without them, and after a purge it is not read any more: its manifest lists
 its factors only, of which later versions are made, and those names no forgotten class.
 """
@@ -95,11 +99,14 @@ _HEAD = "head.safetensors"
 _MEMORY = "memory.safetensors"
 _WITHHELD = (ONNX_FILE, _HEAD)
 """What of a REDUCED version holds rows of forgotten classes."""
-_PURGED = (ONNX_FILE, _HEAD, _MEMORY)
-"""What a purge deletes. The factors stay: later versions' weights are made of them."""
+_OWN = (ONNX_FILE, _HEAD, _MEMORY)
+"""What only the version itself needs, and what a purge or its retirement deletes. The factors stay:
+later versions' weights are made of them."""
 
 _MANIFEST = "manifest.json"
 _MANIFEST_SUM = "manifest.sha256"
+_PIN = "PINNED"
+_RETIREMENT = "RETIRED"
 _FORMAT_DRAFT = ".FORMAT."
 _NOVELTY = ("weight", "bias", "whitening", "offset")
 _VERSION = TypeAdapter(Version)
@@ -302,7 +309,7 @@ class Store:
         )
 
     def version(self, number: int) -> Version:
-        """Return the manifest of version ``number``, without classes that are forgotten.
+        """Return the manifest of version ``number`` as it is now: without forgotten classes.
 
         Raises:
             NotFoundError: there is no such version.
@@ -310,13 +317,19 @@ class Store:
         """
         version, forgotten = self._manifest(number), self.forgotten()
         known = {entry.key for entry in version.classes}
-        if known.isdisjoint(forgotten.keys):
-            return version
-        purged = not known.isdisjoint(forgotten.purged)
+        if not known.isdisjoint(forgotten.purged):
+            state = VersionState.PURGED
+        elif (self._folder(number) / _RETIREMENT).exists():
+            state = VersionState.RETIRED
+        elif not known.isdisjoint(forgotten.keys):
+            state = VersionState.REDUCED
+        else:
+            state = VersionState.WHOLE
         return replace(
             version,
             classes=tuple(entry for entry in version.classes if entry.key not in forgotten.keys),
-            state=VersionState.PURGED if purged else VersionState.REDUCED,
+            state=state,
+            pinned=(self._folder(number) / _PIN).exists(),
         )
 
     def _manifest(self, number: int) -> Version:
@@ -364,13 +377,17 @@ class Store:
     def damage(self, version: Version) -> Iterator[tuple[FileEntry, DamagedError]]:
         """Yield the files of a version that it needs and that are not what they were.
 
+        A ``model.onnx`` that is not there is no damage: it is not kept of every version.
+
         Args:
             version: As ``version`` returned it; what is withheld is not needed.
         """
         for entry in version.files:
-            if entry.name not in _unneeded(version):
+            folder = self._folder(version.number)
+            absent = entry.name == ONNX_FILE and not (folder / ONNX_FILE).exists()
+            if entry.name not in _unneeded(version) and not absent:
                 try:
-                    _check(self._folder(version.number), entry)
+                    _check(folder, entry)
                 except DamagedError as error:
                     yield entry, error
 
@@ -408,7 +425,7 @@ class Store:
 
         Raises:
             NotFoundError: there is no such version.
-            StateError: it can answer nothing any more, because of what was forgotten.
+            StateError: it can answer nothing any more.
             DamagedError: naming the first file that is not what it was.
         """
         version = self.version(number)
@@ -423,9 +440,11 @@ class Store:
         Raises:
             NotFoundError: there is no such version or file. A name with a path in it is never
                 in a manifest, so it cannot lead out of the store.
-            StateError: the file holds what was forgotten, or is purged.
+            StateError: the file holds what was forgotten, or is deleted.
         """
         version = self.version(number)
+        if version.state is VersionState.RETIRED and name in _OWN:
+            self._refuse_stripped(version)
         if name in _withheld(version):
             raise StateError(
                 f"{name} of version {number} holds a class that was forgotten since"
@@ -448,14 +467,14 @@ class Store:
 
         Raises:
             NotFoundError: there is no such version.
-            StateError: it was purged.
+            StateError: it was purged or retired.
             DamagedError: a file of it, of an ancestor or of the backbone is damaged.
         """
         start = self.initial_model(self.backbone())
         if number is None:
             return start
-        if self.version(number).state is VersionState.PURGED:
-            self._refuse_purged(number)
+        if (asked := self.version(number)).state.stripped:
+            self._refuse_stripped(asked)
         lineage = [self._manifest(number)]
         while (parent := lineage[-1].parent) is not None:
             lineage.append(self._manifest(parent))
@@ -506,7 +525,7 @@ class Store:
 
         Raises:
             NotFoundError: there is no such version.
-            StateError: it can answer nothing any more, because of what was forgotten.
+            StateError: it can answer nothing any more.
             DamagedError: what it is made from is damaged.
         """
         self._check_usable(self.version(number))
@@ -518,7 +537,7 @@ class Store:
 
         Raises:
             NotFoundError: there is no such version.
-            StateError: it can answer nothing any more, because of what was forgotten.
+            StateError: it can answer nothing any more.
             DamagedError: what it is made from is damaged, or the result is another file.
         """
         with self._rewriting:
@@ -529,6 +548,80 @@ class Store:
                     f"{ONNX_FILE} of version {number} is damaged, and cannot be rebuilt"
                 )
             durable.replace(self._folder(number) / ONNX_FILE, content)
+
+    # -- what is kept -----------------------------------------------------------------------
+
+    def pin(self, number: int) -> Version:
+        """Keep version ``number`` however old it is; return it.
+
+        Raises:
+            NotFoundError: there is no such version.
+            StateError: its data are deleted already.
+        """
+        if (version := self.version(number)).state.stripped:
+            self._refuse_stripped(version)
+        durable.replace(self._folder(number) / _PIN, b"")
+        return self.version(number)
+
+    def unpin(self, number: int) -> Version:
+        """Let version ``number`` go when it is old; return it. One not pinned is left as it is.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        self.version(number)
+        (self._folder(number) / _PIN).unlink(missing_ok=True)
+        durable.sync_folder(self._folder(number))
+        return self.version(number)
+
+    def retire(self, number: int) -> None:
+        """Delete what only version ``number`` itself needs; it can never be used again.
+
+        An interrupted retirement is finished by another call. Only the one process that promotes
+        may call this, and not of the current version.
+
+        Raises:
+            NotFoundError: there is no such version.
+            DamagedError: its manifest cannot be read, so nothing says what it is.
+        """
+        self._manifest(number)
+        folder = self._folder(number)
+        failpoints.reach("retire.mark")
+        durable.replace(folder / _RETIREMENT, b"")
+        failpoints.reach("retire.marked")
+        with self._rewriting:
+            for path in (*(folder / name for name in _OWN), *folder.glob(".*")):
+                failpoints.reach("retire.delete")
+                path.unlink(missing_ok=True)
+            durable.sync_folder(folder)
+        failpoints.reach("retire.deleted")
+
+    def drop_onnx(self, number: int) -> None:
+        """Delete ``model.onnx`` of version ``number``, which ``rebuild_onnx`` makes again."""
+        with self._rewriting:
+            failpoints.reach("onnx.delete")
+            (self._folder(number) / ONNX_FILE).unlink(missing_ok=True)
+            failpoints.reach("onnx.deleted")
+
+    def has_onnx(self, number: int) -> bool:
+        """Whether ``model.onnx`` of version ``number`` is there."""
+        return (self._folder(number) / ONNX_FILE).exists()
+
+    def marked(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Return which versions are pinned, and which are retired, damaged ones among them."""
+        found = [
+            frozenset(number for number in self.numbers() if (self._folder(number) / mark).exists())
+            for mark in (_PIN, _RETIREMENT)
+        ]
+        return found[0], found[1]
+
+    def half_retired(self) -> list[int]:
+        """Return the retired versions of which something is left that should not be."""
+        return [
+            number
+            for number in sorted(self.marked()[1])
+            if any((self._folder(number) / name).exists() for name in _OWN)
+        ]
 
     def next_number(self) -> int:
         """Return the number that ``publish`` will give."""
@@ -754,7 +847,7 @@ class Store:
             return True
         folder = self._folder(number)
         one_sum = _read(folder / _MANIFEST_SUM).count(b"\n") == 1
-        leftovers = [name for name in _PURGED if (folder / name).exists()] + [*folder.glob(".*")]
+        leftovers = [name for name in _OWN if (folder / name).exists()] + [*folder.glob(".*")]
         return one_sum and not leftovers and all(entry.names == (MARK,) for entry in known)
 
     def _purge_version(self, number: int, version: Version, purged: Collection[str]) -> None:
@@ -766,7 +859,7 @@ class Store:
                 replace(entry, label=MARK, aliases=()) if entry.key in purged else entry
                 for entry in version.classes
             ),
-            files=tuple(entry for entry in version.files if entry.name not in _PURGED),
+            files=tuple(entry for entry in version.files if entry.name not in _OWN),
             report=version.report and version.report.without_classes(names),
         )
         folder = self._folder(number)
@@ -777,7 +870,7 @@ class Store:
             durable.replace(folder / _MANIFEST, new)
         durable.replace(folder / _MANIFEST_SUM, _manifest_sum((folder / _MANIFEST).read_bytes()))
         # Also what an interrupted writer left: it may be a copy.
-        for path in (*(folder / name for name in _PURGED), *folder.glob(".*")):
+        for path in (*(folder / name for name in _OWN), *folder.glob(".*")):
             failpoints.reach("purge.delete")
             path.unlink(missing_ok=True)
         durable.sync_folder(folder)
@@ -785,18 +878,19 @@ class Store:
 
     def _check_usable(self, version: Version) -> None:
         """Refuse a version that can answer nothing any more."""
-        if version.state is VersionState.PURGED:
-            self._refuse_purged(version.number)
+        if version.state.stripped:
+            self._refuse_stripped(version)
         if not version.classes:
             raise StateError(
                 f"all classes of version {version.number} are forgotten" + self._instead(),
                 field="name",
             )
 
-    def _refuse_purged(self, number: int) -> Never:
+    def _refuse_stripped(self, version: Version) -> Never:
+        retired = version.state is VersionState.RETIRED
+        why = "is retired" if retired else "knew a class that was forgotten"
         raise StateError(
-            f"version {number} knew a class that was forgotten, and its data are deleted"
-            + self._instead(),
+            f"version {version.number} {why}, and its data are deleted" + self._instead(),
             field="name",
         )
 
@@ -870,8 +964,8 @@ def _withheld(version: Version) -> tuple[str, ...]:
     match version.state:
         case VersionState.REDUCED:
             return _WITHHELD
-        case VersionState.PURGED:
-            return _PURGED
+        case VersionState.PURGED | VersionState.RETIRED:
+            return _OWN
     return ()
 
 
@@ -882,7 +976,7 @@ def _unneeded(version: Version) -> tuple[str, ...]:
 
 
 def _dump(version: Version) -> bytes:
-    return _VERSION.dump_json(version, indent=1, exclude={"state"})
+    return _VERSION.dump_json(version, indent=1, exclude={"state", "pinned"})
 
 
 def _forgotten_sum(keys: list[str], purged: list[str]) -> str:

@@ -158,6 +158,14 @@ class AsyncClient(ClientBase):
         """As ``Client.promote``."""
         return await self._unary(calls.promote_version(self._names, version, force))
 
+    async def pin(self, version: VersionRef) -> Version:
+        """As ``Client.pin``."""
+        return await self._unary(calls.pin_version(self._names, version))
+
+    async def unpin(self, version: VersionRef) -> Version:
+        """As ``Client.unpin``."""
+        return await self._unary(calls.unpin_version(self._names, version))
+
     async def download(
         self,
         version: VersionRef = "current",

@@ -144,6 +144,18 @@ def promote_version(names: Names, version: VersionRef, force: bool) -> Call[Vers
     return Call(channel.PROMOTE_VERSION, request, lambda r: parse.version(r.version))
 
 
+def pin_version(names: Names, version: VersionRef) -> Call[Version]:
+    """PinVersion."""
+    request = model_service_pb2.PinVersionRequest(name=names.version(version))
+    return Call(channel.PIN_VERSION, request, lambda r: parse.version(r.version))
+
+
+def unpin_version(names: Names, version: VersionRef) -> Call[Version]:
+    """UnpinVersion."""
+    request = model_service_pb2.UnpinVersionRequest(name=names.version(version))
+    return Call(channel.UNPIN_VERSION, request, lambda r: parse.version(r.version))
+
+
 def list_versions(names: Names) -> PageCall[Version]:
     """ListVersions, page by page."""
     return lambda token: Call(

@@ -88,6 +88,8 @@ EVALUATE = Rpc(_EVALUATOR, "Evaluate")
 LIST_VERSIONS = Rpc(_MODEL, "ListVersions")
 GET_VERSION = Rpc(_MODEL, "GetVersion")
 PROMOTE_VERSION = Rpc(_MODEL, "PromoteVersion")
+PIN_VERSION = Rpc(_MODEL, "PinVersion")
+UNPIN_VERSION = Rpc(_MODEL, "UnpinVersion")
 DOWNLOAD_ARTIFACT = Rpc(_MODEL, "DownloadArtifact")
 
 # The streams are not here: gRPC could only restart them from their beginning.
@@ -102,6 +104,8 @@ _RETRIED_BY_GRPC = (
     LIST_VERSIONS,
     GET_VERSION,
     PROMOTE_VERSION,
+    PIN_VERSION,
+    UNPIN_VERSION,
 )
 
 # Generated code carries no types; these stubs work with grpc and with grpc.aio channels alike.

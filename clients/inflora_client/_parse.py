@@ -151,6 +151,8 @@ def version(message: model_service_pb2.Version) -> resources.Version:
         artifacts=tuple(artifact(a) for a in message.artifacts),
         provider=message.provider,
         purged=message.purged,
+        pinned=message.pinned,
+        retired=message.retired,
         stand_in=message.stand_in,
         candidate=message.candidate,
         failed_checks=tuple(map(_check, message.failed_checks)),

@@ -234,6 +234,14 @@ class Client(ClientBase):
         """
         return self._unary(calls.promote_version(self._names, version, force))
 
+    def pin(self, version: VersionRef) -> Version:
+        """Keep a version however old it is; return it. A purge deletes it all the same."""
+        return self._unary(calls.pin_version(self._names, version))
+
+    def unpin(self, version: VersionRef) -> Version:
+        """Let a pinned version go when it is old; return it."""
+        return self._unary(calls.unpin_version(self._names, version))
+
     def download(
         self,
         version: VersionRef = "current",

@@ -397,6 +397,8 @@ class Version:
         artifacts: Its files, without those that hold a class forgotten since.
         provider: Execution provider that runs it; empty when not loaded.
         purged: Whether its data were deleted with a class that was purged.
+        pinned: Whether it is kept however old it is.
+        retired: Whether its data were deleted because it was old.
         stand_in: Whether it answers in place of the version that is current, which is damaged.
         candidate: Whether the publish gate held it back; promoting it takes ``force``.
         failed_checks: What the publish gate has against a candidate.
@@ -411,6 +413,8 @@ class Version:
     artifacts: tuple[Artifact, ...]
     provider: str
     purged: bool = False
+    pinned: bool = False
+    retired: bool = False
     stand_in: bool = False
     candidate: bool = False
     failed_checks: tuple[GateCheck, ...] = ()

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from inflora_core.config import PRESETS, Gate, LearnConfig, Limits, preset
+from inflora_core.config import PRESETS, Gate, LearnConfig, Limits, Retention, preset
 from inflora_core.errors import InfloraError, InvalidInputError
 from inflora_service import backbone_source
 from inflora_service.examples import KeepExamples
@@ -134,6 +134,24 @@ def _parser() -> argparse.ArgumentParser:
     add(group, "--provider", defaults.provider, "what predicts", choices=("auto", "cpu", "cuda"))
     add(group, "--predict-threads", 0, "threads of a prediction; 0: one a processor", type=int)
 
+    group = parser.add_argument_group(
+        "what is kept of versions, beside the current one and pinned ones"
+    )
+    add(
+        group,
+        "--keep-versions",
+        defaults.retention.versions,
+        "newest versions that can be used; 0: all",
+        type=_count,
+    )
+    add(
+        group,
+        "--keep-onnx",
+        defaults.retention.onnx_files,
+        "newest versions whose model.onnx stays; others' is made again when asked for; 0: all",
+        type=_count,
+    )
+
     group = parser.add_argument_group("uploads and the disk")
     add(
         group,
@@ -202,6 +220,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         learn=_learn_config(arguments),
         gate=_gate(arguments),
         canary_images=arguments.canary_images,
+        retention=Retention(versions=arguments.keep_versions, onnx_files=arguments.keep_onnx),
         provider=arguments.provider,
         predict_threads=arguments.predict_threads,
         learn_threads=arguments.learn_threads,

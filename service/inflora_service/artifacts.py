@@ -7,7 +7,12 @@ import hashlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from inflora_core.errors import DamagedError, InvalidInputError, OutOfRangeError
+from inflora_core.errors import (
+    DamagedError,
+    InvalidInputError,
+    OutOfRangeError,
+    UnavailableError,
+)
 from inflora_core.model import FileEntry
 
 CHUNK_BYTES = 2**20
@@ -20,6 +25,7 @@ async def read_artifact(path: Path, entry: FileEntry, offset: int) -> AsyncGener
         InvalidInputError: the offset is negative.
         OutOfRangeError: the offset is beyond the end.
         DamagedError: the file is not what ``entry`` says. Nothing of it was yielded then.
+        UnavailableError: it was let go meanwhile. Asked for again, it is made again.
     """
     if offset < 0:
         raise InvalidInputError(f"the offset is {offset}, but at least 0", field="offset")
@@ -46,6 +52,9 @@ def _verify(path: Path, entry: FileEntry) -> None:
 
 def _read(path: Path, position: int) -> bytes:
     # Opened for each chunk: a stream can be left at any moment, and has nothing to close then.
-    with path.open("rb") as file:
-        file.seek(position)
-        return file.read(CHUNK_BYTES)
+    try:
+        with path.open("rb") as file:
+            file.seek(position)
+            return file.read(CHUNK_BYTES)
+    except FileNotFoundError as error:
+        raise UnavailableError(f"{path.name} was let go meanwhile: go on from here") from error

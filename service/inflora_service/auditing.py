@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from inflora_core.audit import SERVER, UNKNOWN, AuditLog, Entry, Event
 from inflora_core.errors import DamagedError, InfloraError, NotFoundError
@@ -49,6 +49,8 @@ class AuditTrail:
         self._store = store
         self._records = records
         self.history = audit.reading.history
+        self.was_current = set(self.history.current)
+        """Versions that were current at some time."""
         self._forgotten = set(self.history.forgotten)
         self._purged = set(self.history.purged)
         # What the disk did not take at the start: it comes before anything else.
@@ -100,6 +102,19 @@ class AuditTrail:
             who: Who asked for it.
         """
         await self._write(await asyncio.to_thread(self._move, before, version.number, who))
+        self.was_current.add(version.number)
+
+    async def pinned(self, number: int, who: str) -> None:
+        """Report that a version is pinned."""
+        await self._write(Entry(Event.PINNED, who, version_to=number))
+
+    async def unpinned(self, number: int, who: str) -> None:
+        """Report that a version is going to be unpinned: a pin that is in the log is not lost."""
+        await self._write(Entry(Event.UNPINNED, who, version_to=number))
+
+    async def retired(self, number: int) -> None:
+        """Report that the data of a version are deleted."""
+        await self._write(Entry(Event.RETIRED, SERVER, version_to=number))
 
     async def forgotten(self, version: Version) -> None:
         """Report that what a version forgets is forgotten."""
@@ -178,6 +193,7 @@ class AuditTrail:
         entries += self._keys(Event.FORGOTTEN, forgotten.keys, self._forgotten)
         if not self._store.unpurged():
             entries += self._keys(Event.PURGED, forgotten.purged, self._purged)
+        entries += self._unreported_marks()
         entries += self._unreported_move(recorded)
         if entries:
             log.warning("%d events are added to the audit log", len(entries))
@@ -187,6 +203,15 @@ class AuditTrail:
         keys = tuple(sorted(set(found) - known))
         known.update(keys)
         return [Entry(event, UNKNOWN, classes=keys, recovered=True)] if keys else []
+
+    def _unreported_marks(self) -> Iterator[Entry]:
+        pinned, retired = self._store.marked()
+        for event, numbers in (
+            (Event.PINNED, pinned - self.history.pinned),
+            (Event.RETIRED, retired - self.history.retired),
+        ):
+            for number in sorted(numbers):
+                yield Entry(event, UNKNOWN, version_to=number, recovered=True)
 
     def _unreported_move(self, recorded: dict[str, TaskState]) -> list[Entry]:
         last = self.history.current[-1] if self.history.current else None

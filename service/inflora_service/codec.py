@@ -302,6 +302,8 @@ def encode_version(
         artifacts=[encode_artifact(entry) for entry in artifacts],
         provider=provider,
         purged=version.state is VersionState.PURGED,
+        pinned=version.pinned,
+        retired=version.state is VersionState.RETIRED,
         stand_in=stand_in,
         candidate=version.candidate,
         failed_checks=_checks(version.report.failed_checks) if version.report else (),

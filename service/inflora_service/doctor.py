@@ -31,7 +31,7 @@ from inflora_core.errors import (
     StateError,
     UnavailableError,
 )
-from inflora_core.model import Forget, Task, TaskKind, TaskState, Version, VersionState
+from inflora_core.model import Forget, Task, TaskKind, TaskState, Version
 from inflora_core.spool import ORIGIN, check_spool
 from inflora_core.store import MODEL, ONNX_FILE, Forgotten, Store
 from inflora_service import backbone_source, records
@@ -187,6 +187,7 @@ class _Examination:
         yield from self._backbone()
         yield from self._forgotten_classes()
         yield from self._versions()
+        yield from self._marks()
         yield from self._current()
         yield from self._published()
         yield from self._spools()
@@ -357,6 +358,34 @@ class _Examination:
                 yield _damage(folder, f"it is its own ancestor, by {version.parent}", _RESTORE)
             yield from self._files(number, version)
 
+    def _marks(self) -> Iterator[Finding]:
+        """Compare which versions are pinned or retired with what the audit log says."""
+        pinned, retired = self._store.marked()
+        gone = self._history.retired | retired
+        for number in sorted(self._history.retired - retired):
+            if number in self._manifests:
+                yield _damage(
+                    self._folder(number),
+                    "it was retired, by the audit log, and nothing in it says so",
+                    "it can be marked again; the next start does it, too",
+                    _calling(self._store.retire, number),
+                )
+        for number in sorted(self._history.pinned - pinned - gone):
+            if number in self._manifests:
+                yield _damage(
+                    self._folder(number),
+                    "its pin is lost: the audit log says that it is pinned",
+                    "it can be pinned again; the next start does it, too",
+                    _calling(self._store.pin, number),
+                )
+        for number in self._store.half_retired():
+            yield self._unsettled(
+                self._folder(number),
+                "its retirement is not finished",
+                "it can be finished; the next start does it, too",
+                _calling(self._store.retire, number),
+            )
+
     def _files(self, number: int, version: Version) -> Iterator[Finding]:
         if self._forgotten is not None:
             version = self._store.version(number)
@@ -510,7 +539,7 @@ class _Examination:
                 version = self._store.version(number)
             except (DamagedError, NotFoundError):
                 continue
-            usable = version.state is not VersionState.PURGED and version.classes
+            usable = not version.state.stripped and version.classes
             if usable and not any(
                 entry.name != ONNX_FILE for entry, _ in self._store.damage(version)
             ):
@@ -694,6 +723,13 @@ def _copy_records(root: Path, folder: Path) -> None:
 
 def _open_log(root: Path) -> None:
     AuditLog(root)
+
+
+def _calling(change: Callable[[int], object], number: int) -> Callable[[], None]:
+    def call() -> None:
+        change(number)
+
+    return call
 
 
 def _removing(path: Path) -> Callable[[], None]:

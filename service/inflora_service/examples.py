@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum, auto
 from pathlib import Path
 from typing import Literal
@@ -22,8 +22,9 @@ from inflora_core.spool import read_labels
 
 log = logging.getLogger(__name__)
 
-KeepExamples = Literal["never", "always"]
-"""How long examples are kept once their task has ended."""
+KeepExamples = Literal["never", "until-promoted", "always"]
+"""How long examples are kept once their task has ended. Its version is promoted at once, unless the
+publish gate held it back: until somebody promotes it all the same, or it is retired or purged."""
 
 
 class Fate(Enum):
@@ -34,7 +35,7 @@ class Fate(Enum):
     GO = auto()
     """They are deleted."""
     KEEP = auto()
-    """They are moved out of the spool, and kept for good."""
+    """They are moved out of the spool, and kept."""
 
 
 def fate(task: Task, keep: KeepExamples) -> Fate:
@@ -48,7 +49,8 @@ def fate(task: Task, keep: KeepExamples) -> Fate:
         return Fate.GO  # a class of it was purged while it waited
     if task.state is TaskState.SET_ASIDE:
         return Fate.STAY  # it can be tried again
-    return Fate.KEEP if keep == "always" else Fate.GO
+    kept = keep == "always" or (keep == "until-promoted" and task.state is TaskState.HELD_BACK)
+    return Fate.KEEP if kept else Fate.GO
 
 
 class Examples:
@@ -107,6 +109,20 @@ class Examples:
         except OSError as error:
             log.warning("the spool %s stays for now: %s", spool, error)
 
+    def release(self, wanted: Callable[[str], bool]) -> None:
+        """Delete kept examples that were kept until their version is promoted.
+
+        Args:
+            wanted: Whether a task's version may still be promoted for the first time.
+
+        Raises:
+            OSError: not all could be deleted: to be done again.
+        """
+        if self._keep == "until-promoted":
+            for task in self.kept():
+                if not wanted(task):
+                    self._delete(task)
+
     def purge(
         self, keys: Collection[str], names: Collection[str], versions: Iterable[Version]
     ) -> None:
@@ -149,4 +165,4 @@ class Examples:
         shutil.rmtree(self._kept / task)
         durable.sync_folder(self._kept)
         failpoints.reach("examples.deleted")
-        log.info("the examples of task %s are deleted: a class of them is purged", task)
+        log.info("the examples of task %s are deleted", task)

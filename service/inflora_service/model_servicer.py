@@ -54,6 +54,22 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         version = await self._host.promote(number, caller(context), force=request.force)
         return pb.PromoteVersionResponse(version=self._encode(version))
 
+    async def PinVersion(
+        self, request: pb.PinVersionRequest, context: Context
+    ) -> pb.PinVersionResponse:
+        """Keep a version however old it is."""
+        number = names.parse_version(request.name, field="name")
+        version = await self._host.pin(number, caller(context))
+        return pb.PinVersionResponse(version=self._encode(version))
+
+    async def UnpinVersion(
+        self, request: pb.UnpinVersionRequest, context: Context
+    ) -> pb.UnpinVersionResponse:
+        """Let a version go when it is old."""
+        number = names.parse_version(request.name, field="name")
+        version = await self._host.unpin(number, caller(context))
+        return pb.UnpinVersionResponse(version=self._encode(version))
+
     async def DownloadArtifact(
         self, request: pb.DownloadArtifactRequest, context: Context
     ) -> AsyncIterator[pb.DownloadArtifactResponse]:
@@ -63,6 +79,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         path = await asyncio.to_thread(self._store.path, version.number, name)
         entry = version.file(name)
         assert entry is not None, "Store.path refuses what the manifest does not list"
+        if name == ONNX_FILE and not self._store.has_onnx(version.number):
+            await asyncio.to_thread(self._store.rebuild_onnx, version.number)
         position = request.offset
         response = pb.DownloadArtifactResponse(
             artifact=codec.encode_artifact(entry), version=names.version_name(version.number)

@@ -29,8 +29,8 @@ from inflora.v1 import (
     predictor_service_pb2_grpc,
 )
 from inflora_core.audit import AuditLog, History
-from inflora_core.config import Gate, LearnConfig, Limits
-from inflora_core.errors import UnavailableError
+from inflora_core.config import Gate, LearnConfig, Limits, Retention
+from inflora_core.errors import InfloraError, UnavailableError
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.store import Store
 from inflora_service import backbone_source
@@ -80,6 +80,7 @@ class Settings:
         gate: What versions are held back for.
         canary_images: Images of each new class to keep, to see what later tasks cost it; with 0
             there are none, and those that were kept are deleted.
+        retention: Which versions are kept.
         provider: What onnxruntime predicts with.
         predict_threads: Threads of one prediction; 0: one for each processor.
         learn_threads: Threads of the learning worker; 0: all processors but one.
@@ -99,6 +100,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     gate: Gate = field(default_factory=Gate)
     canary_images: int = 0
+    retention: Retention = field(default_factory=Retention)
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     predict_threads: int = 0
     learn_threads: int = 0
@@ -179,7 +181,8 @@ class Server:
         uploads = Uploads(examples, space, settings.limits)
         tasks = TaskQueue(
             *(store, records, host, audit, learner, settings.learn, settings.limits),
-            *(settings.gate, settings.canary_images, examples, uploads, space),
+            *(settings.gate, settings.canary_images, settings.retention),
+            *(examples, uploads, space),
         )
         self.host, self.tasks = host, tasks
         undo.push_async_callback(uploads.close)
@@ -250,10 +253,11 @@ class Server:
         And the list of forgotten classes, without which nothing could be loaded: what the audit log
         says was forgotten stays so, should the list have been lost. A purge may have passed over a
         version whose manifest is sound again: it is finished. Canary images go that nobody asks for
-        any more.
+        any more. What the log says was pinned or retired is so, too.
         """
         store.backbone()
         store.forget(history.forgotten)
+        _mark_again(store, history)
         try:
             store.purge(history.purged)
             store.clear_canaries(all_of_them=not self._settings.canary_images)
@@ -301,6 +305,21 @@ class Server:
         change = asyncio.create_task(self._health.set(service, state))
         self._health_changes.add(change)
         change.add_done_callback(self._health_changes.discard)
+
+
+def _mark_again(store: Store, history: History) -> None:
+    """Pin and retire versions whose marks are lost, and finish retirements."""
+    known, (pinned, retired) = set(store.numbers()), store.marked()
+    unfinished = {*store.half_retired(), *(history.retired - retired)}
+    for mark, numbers in (
+        (store.pin, history.pinned - history.retired - pinned),
+        (store.retire, unfinished),
+    ):
+        for number in sorted(numbers & known):
+            try:
+                mark(number)
+            except (InfloraError, OSError) as error:
+                log.warning("version %d is not as the audit log says: %s", number, error)
 
 
 def _check_address(host: str, port: int) -> None:

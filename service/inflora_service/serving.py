@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from inflora_core.audit import SERVER
-from inflora_core.config import Limits
+from inflora_core.config import Limits, Retention
 from inflora_core.errors import (
     DamagedError,
     GateError,
@@ -28,6 +28,7 @@ from inflora_core.gate import why_held_back
 from inflora_core.images import decode
 from inflora_core.model import Version, VersionState
 from inflora_core.predictor import Floats, Predictor, RuntimeOptions, processors, top_classes
+from inflora_core.retention import outdated
 from inflora_core.store import ONNX_FILE, Store
 from inflora_service.aio import map_threads, unbroken
 from inflora_service.auditing import AuditTrail
@@ -237,6 +238,35 @@ class ModelHost:
         """
         return await unbroken(self._promote(number, who, force))
 
+    async def pin(self, number: int, who: str) -> Version:
+        """Keep version ``number`` however old it is; return it.
+
+        Args:
+            number: The version.
+            who: Who asked for it, for the audit log.
+
+        Raises:
+            NotFoundError: there is no such version.
+            StateError: its data are deleted already.
+        """
+        return await unbroken(self._pin(number, who))
+
+    async def unpin(self, number: int, who: str) -> Version:
+        """Let version ``number`` go when it is old; return it.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        return await unbroken(self._unpin(number, who))
+
+    async def retain(self, retention: Retention) -> None:
+        """Delete of old versions what need not be kept; never of the current and of pinned ones.
+
+        Raises:
+            OSError, InfloraError: not all could be deleted: the next call does it.
+        """
+        await unbroken(self._retain(retention))
+
     async def purge(self, number: int) -> None:
         """Delete the data of all versions that know what version ``number`` forgets.
 
@@ -262,6 +292,39 @@ class ModelHost:
                 field="force",
             )
 
+    async def _pin(self, number: int, who: str) -> Version:
+        async with self._swap:
+            known = await asyncio.to_thread(self._store.version, number)
+            version = await asyncio.to_thread(self._store.pin, number)
+            if not known.pinned:
+                await self._audit.pinned(number, who)
+            return version
+
+    async def _unpin(self, number: int, who: str) -> Version:
+        async with self._swap:
+            if (await asyncio.to_thread(self._store.version, number)).pinned:
+                await self._audit.unpinned(number, who)
+            return await asyncio.to_thread(self._store.unpin, number)
+
+    async def _retain(self, retention: Retention) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._swap:
+            if self._fault is not None or self._current is None:
+                return  # which ones will be needed, nobody knows
+            versions = await asyncio.to_thread(self._readable)
+            old = outdated(versions, self._current.version.number, retention)
+            for number in old.versions:
+                # On the thread that loads versions: none may be half deleted under its eyes.
+                await loop.run_in_executor(self._loader, self._store.retire, number)
+                self._pinned.pop(number, None)
+                await self._audit.retired(number)
+                log.info("version %d is retired", number)
+            for number in old.onnx_files:
+                await loop.run_in_executor(self._loader, self._store.drop_onnx, number)
+
+    def _readable(self) -> list[Version]:
+        return [self._store.version(version.number) for version in self._store.manifests()]
+
     async def _purge(self, number: int) -> None:
         async with self._swap:
             version = await self._swap_to(number, SERVER)
@@ -278,6 +341,10 @@ class ModelHost:
 
     async def _swap_to(self, number: int, who: str) -> Version:
         loaded = await self._get(number)
+        if loaded.version.state is VersionState.WHOLE:
+            # Loaded long ago, its file may have been let go since; the next start should find it.
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._loader, self._onnx, number)
         if loaded.version.forgets:
             # First, so that whatever happens none of them is back after the new version was seen.
             await asyncio.to_thread(self._store.forget, loaded.version.forgets)
@@ -422,14 +489,22 @@ class ModelHost:
     def _load(self, number: int) -> Loaded:
         generation = self._generation
         version = self._verified(number)
-        model: Path | bytes
-        if version.state is VersionState.WHOLE:
-            model = self._store.path(number, ONNX_FILE)
-        else:
-            model = self._store.make_onnx(number)
+        whole = version.state is VersionState.WHOLE
+        model = self._onnx(number) if whole else self._store.make_onnx(number)
         predictor = Predictor.load(model, self._options)
         predictor.warm_up()
         return Loaded(version, predictor, generation)
+
+    def _onnx(self, number: int) -> Path | bytes:
+        """Return ``model.onnx`` of a version, made again if it is not kept."""
+        if not self._store.has_onnx(number):
+            try:
+                self._store.rebuild_onnx(number)
+            except OSError as error:
+                # On a full disk it can still answer.
+                log.warning("%s of version %d is not written: %s", ONNX_FILE, number, error)
+                return self._store.make_onnx(number)
+        return self._store.path(number, ONNX_FILE)
 
     def _verified(self, number: int) -> Version:
         """Return a version's manifest once all its files are sound.
@@ -450,6 +525,4 @@ class ModelHost:
 
 def _may_stand_in(version: Version) -> bool:
     """Whether a version may answer in place of a damaged current one that was made from it."""
-    return (
-        version.state is not VersionState.PURGED and bool(version.classes) and not version.candidate
-    )
+    return not version.state.stripped and bool(version.classes) and not version.candidate

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from inflora_core import canary, edits
 from inflora_core.audit import SERVER
-from inflora_core.config import Gate, LearnConfig, Limits
+from inflora_core.config import Gate, LearnConfig, Limits, Retention
 from inflora_core.errors import (
     CancelledError,
     ConflictError,
@@ -132,6 +132,7 @@ class TaskQueue:
         limits: What is refused.
         gate: What versions are held back for.
         canary_images: How many images of each new class are kept; 0 for none.
+        retention: Which versions are kept.
         examples: Where spools are.
         uploads: What may become tasks.
         space: Says whether there is room.
@@ -148,6 +149,7 @@ class TaskQueue:
         limits: Limits,
         gate: Gate,
         canary_images: int,
+        retention: Retention,
         examples: Examples,
         uploads: Uploads,
         space: Space,
@@ -161,6 +163,7 @@ class TaskQueue:
         self._limits = limits
         self._gate = gate
         self._canary_images = canary_images
+        self._retention = retention
         self._examples = examples
         self._uploads = uploads
         self._space = space
@@ -220,6 +223,7 @@ class TaskQueue:
         for name in await asyncio.to_thread(self._examples.spooled):
             if name not in self._live and not self._uploads.hold(name):
                 await asyncio.to_thread(self._settle, name)
+        await asyncio.to_thread(self._examples.release, self._awaits_promotion)
 
     async def _sweep_on(self) -> None:
         while True:
@@ -238,6 +242,21 @@ class TaskQueue:
                 self._examples.remove(spool)
         except InfloraError as error:
             log.warning("the spool %s stays for now: %s", spool, error)
+
+    def _awaits_promotion(self, task: str) -> bool:
+        """Whether the version of a task was never current, and may become so."""
+        try:
+            number = self._records.get(task).task.version
+            if number is None:
+                return False
+            return (
+                number not in self._audit.was_current
+                and not self._store.version(number).state.stripped
+            )
+        except InfloraError as error:
+            # Of a record that is lost, the examples are all there is.
+            log.warning("the examples of task %s stay for now: %s", task, error)
+            return True
 
     # -- accepting --------------------------------------------------------------------------
 
@@ -505,9 +524,17 @@ class TaskQueue:
     async def _run(self) -> None:
         for live, number in self._publishable:
             await self._guarded(live, self._publish(live, number))
+        await self._retain()
         while True:
             live = await self._head()
             await self._guarded(live, self._work(live))
+
+    async def _retain(self) -> None:
+        """Let old versions go, while none is being made: that needs the one it is made from."""
+        try:
+            await self._host.retain(self._retention)
+        except (OSError, InfloraError) as error:
+            log.warning("old versions stay for now: %s", error)
 
     async def _head(self) -> _Live:
         """Return the next task, off the queue, once there is a worker that can begin with it.
@@ -601,6 +628,7 @@ class TaskQueue:
                 await self._hold_back(live, version)
                 return
             version = await _as_often_as_it_takes(lambda: self._host.promote(number, SERVER))
+        await self._retain()
         await self._end(live, TaskState.PUBLISHED, version=number, report=version.report)
 
     def _keep_canaries(self, task: Task, version: Version) -> None:

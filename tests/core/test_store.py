@@ -389,8 +389,15 @@ def test_a_flipped_byte_in_any_file_is_found(
     shared_store.verify(2)
 
 
-@pytest.mark.parametrize("change", ["truncated", "grown", "missing"])
-@pytest.mark.parametrize("name", ["factors.safetensors", "memory.safetensors", ONNX_FILE])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (name, change)
+        for name in ("factors.safetensors", "memory.safetensors", ONNX_FILE)
+        for change in ("truncated", "grown", "missing")
+        if (name, change) != (ONNX_FILE, "missing")  # it is not kept of every version
+    ],
+)
 def test_a_file_of_another_size_is_found(shared_store: Store, name: str, change: str) -> None:
     path = shared_store.path(1, name)
 

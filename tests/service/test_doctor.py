@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora_core import audit
+from inflora_core.config import Retention
 from inflora_core.errors import InfloraError, NotFoundError, StoreFormatError, UnavailableError
 from inflora_core.model import ContinualModel
 from inflora_core.spool import ORIGIN, SpoolWriter, check_spool
@@ -38,13 +39,17 @@ CURRENT = "models/default/CURRENT"
 
 
 async def lead_a_life(folder: Path) -> Path:
-    """Make a store with a branch, forgotten and purged classes, and a task that waits."""
+    """Make a store with a branch, and a task that waits.
+
+    Version 1 is retired, 2 pinned, 3 purged; 4 knows a forgotten class.
+    """
     script = Script(folder / "script")
     chosen = Settings(
         store=folder / "store",
         port=0,
         predict_threads=1,
         worker=(sys.executable, str(WORKER), "--script", str(script.path)),
+        retention=Retention(versions=4, onnx_files=3),
     )
     make_backbone(Store.open(chosen.store))
     async with await script.serve():
@@ -54,8 +59,9 @@ async def lead_a_life(folder: Path) -> Path:
             running = Running(server, channel, chosen)
             for label, colour in (("red", RED), ("green", GREEN), ("secret", BLUE)):
                 await running.ended((await running.learn({label: [png(colour)]})).name)
-            promote = model_pb.PromoteVersionRequest(name="models/default/versions/2")
-            await running.model.PromoteVersion(promote)
+            second = "models/default/versions/2"
+            await running.model.PromoteVersion(model_pb.PromoteVersionRequest(name=second))
+            await running.model.PinVersion(model_pb.PinVersionRequest(name=second))
             await running.ended((await running.learn({"white": [png(WHITE)]})).name)
             for label, purge in (("secret", True), ("red", False)):
                 request = learner_pb.ForgetClassesRequest(labels=[label], purge=purge)
@@ -138,8 +144,8 @@ def is_harmless(root: Path, name: str, before: bytes) -> bool:
         kept = path.read_bytes()
         return before.startswith(kept) and kept.endswith(b"\n")
     if path.name == ONNX_FILE:
-        number = int(path.parent.name)
-        return Store(root).version(number).state != "WHOLE"  # not needed any more
+        # It is not kept of every version, and not needed of every one.
+        return not path.exists() or Store(root).version(int(path.parent.name)).state != "WHOLE"
     if not path.exists():
         return False
     if path.name in ("FORMAT", "forgotten.json"):
@@ -224,7 +230,6 @@ def spoil(path: Path) -> None:
 
 
 REPAIRED: dict[str, Callable[[Path], None]] = {
-    "an onnx file is lost": lambda root: (root / VERSIONS / "00000006" / ONNX_FILE).unlink(),
     "an onnx file is damaged": lambda root: spoil(root / VERSIONS / "00000006" / ONNX_FILE),
     "forgotten.json is lost": lambda root: (root / FORGOTTEN).unlink(),
     "forgotten.json is damaged": lambda root: spoil(root / FORGOTTEN),
@@ -236,12 +241,29 @@ REPAIRED: dict[str, Callable[[Path], None]] = {
     "a file in the drafts": lambda root: void((root / "drafts" / "x").write_bytes(b"half")),
     "half a file": lambda root: void((root / f".FORMAT.{'0' * 32}").write_bytes(b"{")),
     "a dangling spool": lambda root: (root / "spool" / "20260101-000000-00000000").mkdir(),
+    "a pin is lost": lambda root: (root / VERSIONS / "00000002" / "PINNED").unlink(),
+    "a retirement is lost": lambda root: (root / VERSIONS / "00000001" / "RETIRED").unlink(),
+    "a retired version's file": lambda root: void(
+        (root / VERSIONS / "00000001" / "head.safetensors").write_bytes(b"")
+    ),
     "a torn log": lambda root: tear(root / audit.FILE),
     "forgotten.json and an onnx file": lambda root: (
         (root / FORGOTTEN).unlink(),
         spoil(root / VERSIONS / "00000006" / ONNX_FILE),
     )[0],
 }
+
+
+def test_what_a_store_has_of_retention(store: Path) -> None:
+    states = [Store(store).version(number).state for number in range(1, 7)]
+    assert states == ["RETIRED", "REDUCED", "PURGED", "REDUCED", "REDUCED", "WHOLE"]
+    assert Store(store).marked() == ({2}, {1})
+
+
+def test_an_onnx_file_that_is_not_there_is_no_fault(store: Path) -> None:
+    """It is not kept of every version."""
+    (store / VERSIONS / "00000006" / ONNX_FILE).unlink()
+    assert examine(store) == Diagnosis(())
 
 
 def test_an_upload_that_broke_off_is_no_fault(store: Path) -> None:

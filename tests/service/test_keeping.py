@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from inflora.v1 import learner_service_pb2 as learner_pb
+from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import task_pb2 as pb
+from inflora_core.config import Retention
 from inflora_core.model import MARK, Task, TaskState, now
 from inflora_core.spool import read_spool
 from inflora_service.examples import Fate, fate
 from inflora_service.server import Settings
-from tests.service.conftest import BLUE, GREEN, RED, WHITE, Running, Script, png
+from tests.service.conftest import BLACK, BLUE, GREEN, RED, WHITE, Running, Script, png
 
 
 def task(state: TaskState, *labels: str) -> Task:
@@ -29,6 +31,8 @@ def test_what_becomes_of_examples(state: TaskState) -> None:
         return
     assert fate(found, "never") is Fate.GO
     assert fate(found, "always") is Fate.KEEP
+    waits = state is TaskState.HELD_BACK
+    assert fate(found, "until-promoted") is (Fate.KEEP if waits else Fate.GO)
     assert fate(replace(found, labels=("a", MARK)), "always") is Fate.GO
 
 
@@ -70,6 +74,36 @@ async def test_examples_are_kept_where_that_is_asked_for(
     running = await start()  # from now on, none are: those that are there stay
     await learn(running, d=WHITE)
     assert set(kept(settings)) == {name(published), name(failed)}
+
+
+async def test_examples_of_a_candidate_are_kept_until_it_is_promoted(
+    start: Callable[..., Any], settings: Settings
+) -> None:
+    running = await start(keep_examples="until-promoted")
+    await learn(running, a=RED)
+    held_back = await learn(running, b=BLACK)
+    assert held_back.state == pb.TASK_STATE_HELD_BACK
+    await running.server.tasks.sweep()
+    assert set(kept(settings)) == {name(held_back)}
+    promote = model_pb.PromoteVersionRequest(name=held_back.version, force=True)
+    await running.model.PromoteVersion(promote)
+    await running.server.tasks.sweep()
+    assert kept(settings) == {}
+
+
+async def test_examples_of_a_candidate_that_is_retired_go(
+    start: Callable[..., Any], settings: Settings
+) -> None:
+    """It can never be promoted."""
+    running = await start(keep_examples="until-promoted", retention=Retention(versions=2))
+    await learn(running, a=RED)
+    held_back = await learn(running, b=BLACK)
+    await learn(running, c=BLUE)
+    await running.server.tasks.sweep()
+    assert set(kept(settings)) == {name(held_back)}
+    await learn(running, d=WHITE)
+    await running.server.tasks.sweep()
+    assert kept(settings) == {}
 
 
 async def test_what_a_crash_kept_from_being_moved_is_moved_later(

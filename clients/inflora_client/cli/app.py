@@ -339,6 +339,34 @@ def promote(
 
 
 @app.command()
+def pin(
+    context: typer.Context,
+    version: Annotated[str, typer.Argument(metavar="N", help="Number of a version.")],
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep a version however old it is."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        found = [client.pin(version)]
+        session.show(found, render.version_table(found))
+
+
+@app.command()
+def unpin(
+    context: typer.Context,
+    version: Annotated[str, typer.Argument(metavar="N", help="Number of a version.")],
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a pinned version go when it is old."""
+    session = Session.of(context, server, as_json)
+    with session.client() as client:
+        found = [client.unpin(version)]
+        session.show(found, render.version_table(found))
+
+
+@app.command()
 def export(
     context: typer.Context,
     version: Annotated[str, typer.Option(help="Number of a version, or 'current'.")] = "current",

@@ -117,9 +117,11 @@ def _state_of(version: Version) -> str:
         "stands in": version.stand_in,  # for the current one, which is damaged
         "current": version.current,
         "purged": version.purged,
+        "retired": version.retired,
         "candidate": version.candidate,
     }
-    return next((name for name, holds in states.items() if holds), "")
+    state = next((name for name, holds in states.items() if holds), "")
+    return ", ".join(filter(None, (state, "pinned" if version.pinned else "")))
 
 
 def version_table(versions: Iterable[Version]) -> Table:

@@ -55,6 +55,16 @@ class ModelServiceStub(object):
                 request_serializer=inflora_dot_v1_dot_model__service__pb2.PromoteVersionRequest.SerializeToString,
                 response_deserializer=inflora_dot_v1_dot_model__service__pb2.PromoteVersionResponse.FromString,
                 _registered_method=True)
+        self.PinVersion = channel.unary_unary(
+                '/inflora.v1.ModelService/PinVersion',
+                request_serializer=inflora_dot_v1_dot_model__service__pb2.PinVersionRequest.SerializeToString,
+                response_deserializer=inflora_dot_v1_dot_model__service__pb2.PinVersionResponse.FromString,
+                _registered_method=True)
+        self.UnpinVersion = channel.unary_unary(
+                '/inflora.v1.ModelService/UnpinVersion',
+                request_serializer=inflora_dot_v1_dot_model__service__pb2.UnpinVersionRequest.SerializeToString,
+                response_deserializer=inflora_dot_v1_dot_model__service__pb2.UnpinVersionResponse.FromString,
+                _registered_method=True)
         self.DownloadArtifact = channel.unary_stream(
                 '/inflora.v1.ModelService/DownloadArtifact',
                 request_serializer=inflora_dot_v1_dot_model__service__pb2.DownloadArtifactRequest.SerializeToString,
@@ -105,9 +115,31 @@ class ModelServiceServicer(object):
         A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and
-        - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten (a retry does
+        - FAILED_PRECONDITION: the version is purged or retired, or all of its classes are forgotten (a retry does
         not help), or it is a candidate (a retry with `force` helps).
         - DATA_LOSS: a file of the version is damaged. A retry does not help.
+        - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinVersion(self, request, context):
+        """Keeps a version however old it is, whatever the server's retention says. Pinning a pinned version is
+        no error. A purge deletes pinned versions, too.
+
+        Errors: as GetVersion, and
+        - FAILED_PRECONDITION: the version's data are deleted. A retry does not help.
+        - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinVersion(self, request, context):
+        """Lets a pinned version go when it is old. Unpinning one that is not pinned is no error.
+
+        Errors: as GetVersion, and
         - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -120,9 +152,11 @@ class ModelServiceServicer(object):
         Errors: as GetVersion, and
         - INVALID_ARGUMENT: the offset is negative. A retry does not help.
         - NOT_FOUND: the version has no such artifact. A retry does not help.
-        - FAILED_PRECONDITION: the file holds a class that was forgotten since; the message says which
-        version to use instead. A retry does not help.
+        - FAILED_PRECONDITION: the file holds a class that was forgotten since, or the version is retired;
+        the message says which version to use instead. A retry does not help.
         - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
+        - RESOURCE_EXHAUSTED: `model.onnx` is not kept of this version, and the disk is too full to make it
+        again. A retry later may help.
         - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -146,6 +180,16 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.PromoteVersion,
                     request_deserializer=inflora_dot_v1_dot_model__service__pb2.PromoteVersionRequest.FromString,
                     response_serializer=inflora_dot_v1_dot_model__service__pb2.PromoteVersionResponse.SerializeToString,
+            ),
+            'PinVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinVersion,
+                    request_deserializer=inflora_dot_v1_dot_model__service__pb2.PinVersionRequest.FromString,
+                    response_serializer=inflora_dot_v1_dot_model__service__pb2.PinVersionResponse.SerializeToString,
+            ),
+            'UnpinVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinVersion,
+                    request_deserializer=inflora_dot_v1_dot_model__service__pb2.UnpinVersionRequest.FromString,
+                    response_serializer=inflora_dot_v1_dot_model__service__pb2.UnpinVersionResponse.SerializeToString,
             ),
             'DownloadArtifact': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadArtifact,
@@ -240,6 +284,60 @@ class ModelService(object):
             '/inflora.v1.ModelService/PromoteVersion',
             inflora_dot_v1_dot_model__service__pb2.PromoteVersionRequest.SerializeToString,
             inflora_dot_v1_dot_model__service__pb2.PromoteVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inflora.v1.ModelService/PinVersion',
+            inflora_dot_v1_dot_model__service__pb2.PinVersionRequest.SerializeToString,
+            inflora_dot_v1_dot_model__service__pb2.PinVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inflora.v1.ModelService/UnpinVersion',
+            inflora_dot_v1_dot_model__service__pb2.UnpinVersionRequest.SerializeToString,
+            inflora_dot_v1_dot_model__service__pb2.UnpinVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -65,9 +65,23 @@ class ModelServiceStub:
     A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
-    - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten (a retry does
+    - FAILED_PRECONDITION: the version is purged or retired, or all of its classes are forgotten (a retry does
       not help), or it is a candidate (a retry with `force` helps).
     - DATA_LOSS: a file of the version is damaged. A retry does not help.
+    - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
+    """
+    PinVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PinVersionRequest, _model_service_pb2.PinVersionResponse]
+    """Keeps a version however old it is, whatever the server's retention says. Pinning a pinned version is
+    no error. A purge deletes pinned versions, too.
+
+    Errors: as GetVersion, and
+    - FAILED_PRECONDITION: the version's data are deleted. A retry does not help.
+    - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
+    """
+    UnpinVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.UnpinVersionRequest, _model_service_pb2.UnpinVersionResponse]
+    """Lets a pinned version go when it is old. Unpinning one that is not pinned is no error.
+
+    Errors: as GetVersion, and
     - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
     """
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadArtifactRequest, _model_service_pb2.DownloadArtifactResponse]
@@ -76,9 +90,11 @@ class ModelServiceStub:
     Errors: as GetVersion, and
     - INVALID_ARGUMENT: the offset is negative. A retry does not help.
     - NOT_FOUND: the version has no such artifact. A retry does not help.
-    - FAILED_PRECONDITION: the file holds a class that was forgotten since; the message says which
-      version to use instead. A retry does not help.
+    - FAILED_PRECONDITION: the file holds a class that was forgotten since, or the version is retired;
+      the message says which version to use instead. A retry does not help.
     - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
+    - RESOURCE_EXHAUSTED: `model.onnx` is not kept of this version, and the disk is too full to make it
+      again. A retry later may help.
     - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
     """
 
@@ -119,9 +135,23 @@ class ModelServiceAsyncStub(ModelServiceStub):
     A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
-    - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten (a retry does
+    - FAILED_PRECONDITION: the version is purged or retired, or all of its classes are forgotten (a retry does
       not help), or it is a candidate (a retry with `force` helps).
     - DATA_LOSS: a file of the version is damaged. A retry does not help.
+    - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
+    """
+    PinVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PinVersionRequest, _model_service_pb2.PinVersionResponse]  # type: ignore[assignment]
+    """Keeps a version however old it is, whatever the server's retention says. Pinning a pinned version is
+    no error. A purge deletes pinned versions, too.
+
+    Errors: as GetVersion, and
+    - FAILED_PRECONDITION: the version's data are deleted. A retry does not help.
+    - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
+    """
+    UnpinVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.UnpinVersionRequest, _model_service_pb2.UnpinVersionResponse]  # type: ignore[assignment]
+    """Lets a pinned version go when it is old. Unpinning one that is not pinned is no error.
+
+    Errors: as GetVersion, and
     - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
     """
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadArtifactRequest, _model_service_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
@@ -130,9 +160,11 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Errors: as GetVersion, and
     - INVALID_ARGUMENT: the offset is negative. A retry does not help.
     - NOT_FOUND: the version has no such artifact. A retry does not help.
-    - FAILED_PRECONDITION: the file holds a class that was forgotten since; the message says which
-      version to use instead. A retry does not help.
+    - FAILED_PRECONDITION: the file holds a class that was forgotten since, or the version is retired;
+      the message says which version to use instead. A retry does not help.
     - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
+    - RESOURCE_EXHAUSTED: `model.onnx` is not kept of this version, and the disk is too full to make it
+      again. A retry later may help.
     - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
     """
 
@@ -188,9 +220,35 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and
-        - FAILED_PRECONDITION: the version is purged, or all of its classes are forgotten (a retry does
+        - FAILED_PRECONDITION: the version is purged or retired, or all of its classes are forgotten (a retry does
           not help), or it is a candidate (a retry with `force` helps).
         - DATA_LOSS: a file of the version is damaged. A retry does not help.
+        - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
+        """
+
+    @_abc_1.abstractmethod
+    def PinVersion(
+        self,
+        request: _model_service_pb2.PinVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.PinVersionResponse, _abc.Awaitable[_model_service_pb2.PinVersionResponse]]:
+        """Keeps a version however old it is, whatever the server's retention says. Pinning a pinned version is
+        no error. A purge deletes pinned versions, too.
+
+        Errors: as GetVersion, and
+        - FAILED_PRECONDITION: the version's data are deleted. A retry does not help.
+        - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
+        """
+
+    @_abc_1.abstractmethod
+    def UnpinVersion(
+        self,
+        request: _model_service_pb2.UnpinVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.UnpinVersionResponse, _abc.Awaitable[_model_service_pb2.UnpinVersionResponse]]:
+        """Lets a pinned version go when it is old. Unpinning one that is not pinned is no error.
+
+        Errors: as GetVersion, and
         - RESOURCE_EXHAUSTED: the disk is full. A retry later may help.
         """
 
@@ -205,9 +263,11 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors: as GetVersion, and
         - INVALID_ARGUMENT: the offset is negative. A retry does not help.
         - NOT_FOUND: the version has no such artifact. A retry does not help.
-        - FAILED_PRECONDITION: the file holds a class that was forgotten since; the message says which
-          version to use instead. A retry does not help.
+        - FAILED_PRECONDITION: the file holds a class that was forgotten since, or the version is retired;
+          the message says which version to use instead. A retry does not help.
         - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
+        - RESOURCE_EXHAUSTED: `model.onnx` is not kept of this version, and the disk is too full to make it
+          again. A retry later may help.
         - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
         """
 
