@@ -24,9 +24,11 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,13 +199,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--processes", type=int, default=2, help="each with one thread")
+    parser.add_argument("--out", type=Path, default=Path("build/gate.jsonl"), help="goes on there")
     options = parser.parse_args(arguments)
-    todo = list(trials(options.seeds, options.kinds))
-    results = []
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+    wanted = list(trials(options.seeds, options.kinds))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results = [(trial, found) for trial, found in _done(options.out) if trial in wanted]
+    todo = [trial for trial in wanted if trial not in dict(results)]
+    with (
+        ProcessPoolExecutor(options.processes, get_context("spawn")) as pool,
+        options.out.open("a") as file,
+    ):
         answers = pool.map(judged, todo, [options.data] * len(todo))
         for trial, found in zip(todo, answers, strict=True):
             results.append((trial, found))
+            print(json.dumps([vars(trial), found]), file=file, flush=True)
             shown = {key: found[key] for key in ("values", "failed", "named", "alike")}
             print(json.dumps(vars(trial) | shown), flush=True)
     figures = summary(results)
@@ -211,6 +220,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{name:28} {json.dumps(group)}", flush=True)
     print(json.dumps(figures), flush=True)
     return figures
+
+
+def _done(path: Path) -> Iterator[tuple[Trial, dict[str, Any]]]:
+    """Yield what an earlier run found; a change of the gate or of learning calls for a new file."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):  # the last one, of a run that was cut off
+            trial, found = json.loads(line)
+            yield Trial(**trial), found
 
 
 def _some(images: Array, count: int, generator: np.random.Generator) -> Array:

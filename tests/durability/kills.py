@@ -1,15 +1,17 @@
-"""Kill -9 of server and worker, again and again, while tasks are taught and two clients predict.
+"""Kill -9 of server and worker, again and again, while classes come and go and two clients predict.
 
     python -m tests.durability.kills --kills 200 --out build/durability
 
-Half of the kills come at random moments, half at failpoints, one after the other. A run that was
-cut off goes on where it was. Afterwards the same tasks are taught to a server that nobody kills,
+As many kills come at random moments, and one at every failpoint besides. A run that was cut off
+goes on where it was. Meanwhile tasks are taught, classes forgotten, with and without their data,
+and versions rolled back to, by ``PLAN``. Afterwards the same is done to a server that nobody kills,
 and these must hold:
 
 * A request keeps its task, and every task that was acknowledged is in exactly one version.
 * Every answer is of a version that was there, and is what that version's ONNX file says.
-* The versions that a client sees never go back.
-* The final state is that of the uninterrupted run, to the bit.
+* The versions that a client sees are those that were current by the audit log, in that order.
+* The final state is that of the uninterrupted run, to the bit, and the doctor finds nothing.
+* Every failpoint was reached.
 """
 
 from __future__ import annotations
@@ -20,40 +22,48 @@ import os
 import random
 import shutil
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from inflora_client import Client, RetryPolicy, TaskState
-from inflora_client.errors import InfloraClientError
-from inflora_core import audit, durable
-from inflora_core.audit import Event
+from inflora_client import Client, RetryPolicy
+from inflora_client.errors import InfloraClientError, TaskFailedError
+from inflora_core import audit, durable, edits
 from inflora_core.config import Limits
 from inflora_core.failpoints import POINTS, VARIABLE
+from inflora_core.graph import materialise
 from inflora_core.images import decode
 from inflora_core.predictor import Predictor, RuntimeOptions, top_classes
 from inflora_core.store import ONNX_FILE, Store
+from inflora_service.doctor import Severity, examine
 from tests.core import tiny
 from tests.running_server import RunningServer, running_server
 
-OPTIONS = ("--epochs", "2", "--batch-size", "8", "--learn-threads", "1", "--predict-threads", "1")
-OPTIONS += ("--gate-accuracy", "off", "--gate-distinct", "off", "--gate-interference", "off")
+OPTIONS: tuple[str, ...] = (
+    *("--epochs", "2", "--batch-size", "8", "--learn-threads", "1", "--predict-threads", "1"),
+    *("--gate-accuracy", "off", "--gate-distinct", "off", "--gate-interference", "off"),
+    *("--gate-canary", "off", "--canary-images", "2"),
+    *("--keep-versions", "6", "--keep-onnx", "2"),
+)
 KILLED = (*OPTIONS, "--task-attempts", "1000000")
 """Kills are no fault of a task."""
 
-EDITS = ("forgotten.", "purge.", "examples.", "audit.torn")
-"""Failpoints of steps that teaching does not take."""
-
-FAILPOINTS = tuple(sorted(name for name in POINTS if not name.startswith(EDITS)))
-LONGEST_VISIT = 4
+LONGEST_VISIT = 3
 """A process is killed at one of the first visits of its failpoint."""
+TRIES = 4
+"""Servers that are started to reach a failpoint before it counts as never reached."""
+
+BEFORE = {"spool.recover": "spool.flushed", "spool.recovered": "spool.flushed"}
+"""Failpoints that are reached only after a kill at another one."""
 
 SIDE = 24
 CLASSES, EACH = 2, 8
@@ -61,18 +71,86 @@ IMAGES = tuple(tiny.png(colour, 5000 + i, SIDE) for i, colour in enumerate(tiny.
 TOLERANCE = 1e-5
 PATIENCE = 60.0
 """Seconds that a server may take to listen."""
+PAUSE = 0.05
+"""Seconds between two predictions of a client."""
 LIVES = 8.0
 """How long a server lives at most, in times that it took to start. Its worker takes about three."""
 
 
-def examples(number: int) -> list[tuple[bytes, str]]:
-    """Return the images of task ``number``; no other has one of its classes."""
-    colours = [tiny.COLOURS[(CLASSES * number + i) % len(tiny.COLOURS)] for i in range(CLASSES)]
+@dataclass(frozen=True)
+class Step:
+    """Something that is done to the server.
+
+    Attributes:
+        kind: ``forget`` keeps the data of older versions, ``purge`` does not; ``back`` makes the
+            version current that a step before made.
+        back: How many steps before.
+    """
+
+    kind: Literal["teach", "forget", "purge", "back"]
+    back: int = 0
+
+
+PLAN = (
+    Step("teach"),
+    Step("teach"),
+    Step("back", 2),
+    Step("teach"),
+    Step("forget", 4),
+    Step("teach"),
+    Step("purge", 3),
+)
+"""What is done, over and over. Versions that are rolled back to are neither old nor purged."""
+
+
+def step_of(number: int) -> Step:
+    """Return step ``number``, from 0."""
+    return PLAN[number % len(PLAN)]
+
+
+def labels(number: int) -> list[str]:
+    """Return the classes that step ``number`` teaches; no other does."""
     return [
-        (tiny.png(colour, 100 * number + i, SIDE), f"{colour} {number}")
-        for colour in colours
+        f"{tiny.COLOURS[(CLASSES * number + i) % len(tiny.COLOURS)]} {number}"
+        for i in range(CLASSES)
+    ]
+
+
+def examples(number: int) -> list[tuple[bytes, str]]:
+    """Return the images of step ``number``."""
+    return [
+        (tiny.png(label.partition(" ")[0], 100 * number + i, SIDE), label)
+        for label in labels(number)
         for i in range(EACH)
     ]
+
+
+def take(client: Client, number: int, versions: list[int], request: str = "") -> tuple[str, int]:
+    """Take step ``number`` to its end, also if it was begun before.
+
+    Args:
+        client: Of the server.
+        number: The step.
+        versions: What was current after the steps before.
+        request: Id of the request, if it is not to be that of the step.
+
+    Returns:
+        The id of its task, "" if it has none, and the version that is current after it.
+
+    Raises:
+        TaskFailedError: its task was not published.
+    """
+    step, request = step_of(number), request or f"request-{number}"
+    if step.kind == "back":
+        return "", client.promote(versions[number - step.back]).number
+    if step.kind == "teach":
+        task = client.learn(examples(number), request_id=request)
+    else:
+        label = labels(number - step.back)[0]
+        task = client.forget(label, purge=step.kind == "purge", request_id=request)
+    ended = client.wait(task)
+    assert ended.version is not None
+    return task.id, int(ended.version.rpartition("/")[2])
 
 
 @dataclass
@@ -80,18 +158,22 @@ class State:
     """What outlives this process.
 
     Attributes:
-        kills: How many there were.
-        tasks: Ids of acknowledged tasks, by number.
-        ended: How many of them have ended.
-        answers: Of every client: (version, image, probabilities by label), in order, without
-            repetitions of the one before.
+        kills: How many there were at random moments.
+        points: Failpoints to come, with how often they were tried.
+        reached: Failpoints at which something was killed.
+        tasks: Ids of the tasks of steps that have ended, "" where there was none.
+        versions: What was current after each step.
+        calls: Predictions that were answered.
         violations: What must not have happened.
     """
 
     kills: int = 0
+    points: list[tuple[str, int]] = field(
+        default_factory=lambda: [(name, 0) for name in sorted(POINTS)]
+    )
+    reached: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
-    ended: int = 0
-    answers: list[list[Any]] = field(default_factory=lambda: [[], []])
+    versions: list[int] = field(default_factory=list)
     calls: int = 0
     violations: list[str] = field(default_factory=list)
 
@@ -112,73 +194,74 @@ class Run:
         self.folder, self.wanted = folder, kills
         self.path = folder / "state.json"
         self.state = State.load(self.path)
-        self.random = random.Random(f"{seed} {self.state.kills}")
+        self.random = random.Random(f"{seed} {self.state.kills} {len(self.state.reached)}")
+        self.store = folder / "server" / "store"
+        # Always the same, so that a client that was cut off finds the next server.
+        self.port = free_port()
         self.lock = threading.Lock()
-        self.server: RunningServer | None = None
-        self.serving = threading.Condition()
+        self.up = threading.Event()
         self.over = threading.Event()
+
+    @property
+    def enough(self) -> bool:
+        """Whether there were enough kills."""
+        return self.state.kills >= self.wanted and not self.state.points
 
     # -- clients ------------------------------------------------------------------------------
 
-    def client(self) -> Client:
+    def client(self, attempts: int = 1) -> Client:
         """Return a client of whatever server there is; wait for one."""
-        with self.serving:
-            self.serving.wait_for(lambda: self.server is not None or self.over.is_set())
-            address = self.server.address if self.server else "127.0.0.1:9"
-        return Client(address, retry=RetryPolicy(max_attempts=1))
+        while not (self.up.wait(0.1) or self.over.is_set()):
+            pass
+        return Client(f"127.0.0.1:{self.port}", retry=RetryPolicy(max_attempts=attempts))
 
     def teach(self) -> None:
-        """Teach one task after the other until there were enough kills."""
-        while self.state.kills < self.wanted or self.state.ended < len(self.state.tasks):
-            number = self.state.ended
-            with suppress(InfloraClientError), self.client() as client:
-                task = client.learn(examples(number), request_id=f"request-{number}")
-                self.acknowledged(number, task.id)
-                *_, ended = client.watch(task)
-                if ended.state is not TaskState.PUBLISHED:
-                    self.violated(f"task {number} is {ended.state}: {ended.error}")
-                with self.lock:
-                    self.state.ended = number + 1
+        """Take one step after the other until there were enough kills."""
+        while not self.enough or len(self.state.versions) % len(PLAN):
+            number = len(self.state.versions)
+            try:
+                with self.client(attempts=5) as client:
+                    task, version = take(client, number, self.state.versions)
+            except TaskFailedError as error:
+                self.violated(f"step {number}: {error}")
+                break
+            except InfloraClientError:
+                continue
+            keep_copy(self.store, self.folder / "copies", version)
+            with self.lock:
+                self.state.tasks.append(task)
+                self.state.versions.append(version)
         self.over.set()
-        with self.serving:
-            self.serving.notify_all()
-
-    def acknowledged(self, number: int, task: str) -> None:
-        with self.lock:
-            known = self.state.tasks
-            if number == len(known):
-                known.append(task)
-            elif known[number] != task:
-                self.violated(f"request {number} was task {known[number]}, and is {task}")
 
     def predict(self, who: int) -> None:
         """Predict until the end, and note what is answered."""
         asked = who
-        versions = self.folder / "server" / "store" / "models" / "default" / "versions"
-        while not self.over.is_set():
-            with suppress(InfloraClientError), self.client() as client:
-                while not self.over.is_set():
-                    asked = (asked + 1) % len(IMAGES)
-                    found = client.predict([IMAGES[asked]], top_k=10_000)
-                    number = int(found.version.rpartition("/")[2])
-                    if not (versions / f"{number:08d}").is_dir():
-                        self.violated(f"version {number} answered, and is not there")
-                    scores = {s.label: s.probability for s in found.predictions[0].scores}
-                    self.answered(who, [number, asked, scores])
-            self.over.wait(0.05)
-
-    def answered(self, who: int, answer: list[Any]) -> None:
-        with self.lock:
-            self.state.calls += 1
-            answers = self.state.answers[who]
-            if answers and answer[0] < answers[-1][0]:
-                self.violated(f"client {who} saw version {answers[-1][0]}, then {answer[0]}")
-            if not any(answer == known for known in answers[-len(IMAGES) :]):
-                answers.append(answer)
+        recent: list[list[Any]] = []
+        versions = self.store / "models" / "default" / "versions"
+        with (self.folder / f"answers-{who}.jsonl").open("a") as file:
+            while not self.over.is_set():
+                with suppress(InfloraClientError), self.client() as client:
+                    # With a pause: the worker, which has to wait for them, should get on as well.
+                    while not self.over.wait(PAUSE):
+                        asked = (asked + 1) % len(IMAGES)
+                        found = client.predict([IMAGES[asked]], top_k=10_000)
+                        number = int(found.version.rpartition("/")[2])
+                        if not (versions / f"{number:08d}").is_dir():
+                            self.violated(f"version {number} answered, and is not there")
+                        scores = {s.label: s.probability for s in found.predictions[0].scores}
+                        answer = [number, asked, scores]
+                        with self.lock:
+                            self.state.calls += 1
+                        if answer not in recent:
+                            file.write(json.dumps(answer) + "\n")
+                            file.flush()
+                        recent = [*recent, answer][-len(IMAGES) :]
+                self.over.wait(0.05)
 
     def violated(self, what: str) -> None:
         print("VIOLATION:", what, flush=True)
-        self.state.violations.append(what)
+        with self.lock:
+            self.state.violations.append(what)
 
     # -- kills --------------------------------------------------------------------------------
 
@@ -190,12 +273,12 @@ class Run:
             thread.start()
         try:
             while not self.over.is_set():
-                at = self.state.kills
-                point = FAILPOINTS[at // 2 % len(FAILPOINTS)] if at % 2 else None
-                if at >= self.wanted:
+                if self.enough:
                     self.serve_to_the_end()
+                elif self.state.points and len(self.state.reached) <= self.state.kills:
+                    self.kill_at(*self.state.points.pop(0))
                 else:
-                    self.serve_and_kill(point)
+                    self.kill_at_random()
                 with self.lock:
                     self.state.save(self.path)
         finally:
@@ -203,122 +286,235 @@ class Run:
             for thread in threads:
                 thread.join()
 
-    def serve_and_kill(self, point: str | None) -> None:
-        """Serve for a while, kill the server, and often its worker before that."""
-        visit = self.random.randint(1, LONGEST_VISIT)
-        prefix = ("env", f"{VARIABLE}={point}=kill@{visit}") if point else ()
-        began = time.monotonic()
+    def kill_at(self, point: str, tries: int) -> None:
+        """Have something die at a failpoint; a round of all steps should come there."""
+        if point in BEFORE:
+            self.serve_until_death(BEFORE[point], 1)
+        if point == "audit.torn":
+            tear(self.store / audit.FILE)
+        visit = self.random.randint(1, LONGEST_VISIT) if tries == 0 else 1
+        if self.serve_until_death(point, visit):
+            self.state.reached.append(point)
+            self.report(point)
+        elif tries + 1 < TRIES:
+            self.state.points.append((point, tries + 1))
+        else:
+            self.violated(f"failpoint {point} was never reached")
+
+    def serve_until_death(self, point: str, visit: int) -> bool:
+        """Serve until server or worker die at a failpoint; return False if they do not."""
+        # Examples leave the spool in one of two ways.
+        keep = "never" if point.startswith("spool.delete") else "always"
+        prefix = ("env", f"{VARIABLE}={point}=kill@{visit}")
+        end = len(self.state.versions) + len(PLAN) + 2
         with ExitStack() as stack:
             try:
-                server = stack.enter_context(self.starting(*prefix))
+                server = stack.enter_context(self.starting("--keep-examples", keep, prefix=prefix))
             except RuntimeError as error:
-                # The worker of the last server may not have let go of the store yet.
-                if point is not None and "is in use by" not in str(error).splitlines()[-1]:
-                    self.killed(f"{point}, as the server started")
-                return
+                if "error:" in str(error).splitlines()[-1]:
+                    raise  # it was not killed
+                return True
+            self.up.set()
+            died = self.wait_for_death(server, lambda: len(self.state.versions) >= end)
+            self.up.clear()
+            if server.process.poll() is None:
+                server.process.kill()
+        return died
+
+    def kill_at_random(self) -> None:
+        """Serve for a while, kill the server, and often its worker before that."""
+        began = time.monotonic()
+        with ExitStack() as stack:
+            server = stack.enter_context(self.starting("--keep-examples", "always"))
             longest = LIVES * (time.monotonic() - began)
-            self.serve(server)
-            if point is not None:
-                self.wait_for_death(server, longest)
-            elif self.random.random() < 0.5:
-                self.wait_for_death(server, self.random.uniform(0, longest))
+            self.up.set()
+            if self.random.random() < 0.5:
+                self.live(self.random.uniform(0, longest))
                 with suppress(LookupError, ProcessLookupError):
                     os.kill(server.worker_pid(), signal.SIGKILL)
-                    self.killed("worker")
-            if point is None:
-                self.wait_for_death(server, self.random.uniform(0, longest))
-            at = server.process.poll()
-            self.killed(point or "server")
-            if at is None:
-                server.process.kill()
-            self.serve(None)
+                    self.state.kills += 1
+                    self.report("worker")
+            self.live(self.random.uniform(0, longest))
+            server.process.kill()
+            self.up.clear()
+            self.state.kills += 1
+            self.report("server")
 
     def serve_to_the_end(self) -> None:
-        """Let the task that is under way be finished."""
-        with ExitStack() as stack, suppress(RuntimeError):
-            self.serve(stack.enter_context(self.starting()))
+        """Let the steps that are left be taken."""
+        with ExitStack() as stack:
+            stack.enter_context(self.starting("--keep-examples", "always"))
+            self.up.set()
             self.over.wait()
+            self.up.clear()
 
-    def starting(self, *prefix: str) -> AbstractContextManager[RunningServer]:
+    def starting(
+        self, *options: str, prefix: tuple[str, ...] = ()
+    ) -> AbstractContextManager[RunningServer]:
         return running_server(
-            self.folder / "server", KILLED, stop=False, prefix=prefix, timeout=PATIENCE
+            self.folder / "server",
+            (*KILLED, *options, "--port", str(self.port)),
+            stop=False,
+            prefix=prefix,
+            timeout=PATIENCE,
         )
 
-    def serve(self, server: RunningServer | None) -> None:
-        with self.serving:
-            self.server = server
-            self.serving.notify_all()
+    def live(self, seconds: float) -> None:
+        """Let the server be for a while; that long is what is tested, and nothing waited for."""
+        self.over.wait(seconds)
 
-    def wait_for_death(self, server: RunningServer, seconds: float) -> None:
-        """Wait until the server, or its first worker, is dead; at most so long."""
+    def wait_for_death(self, server: RunningServer, until: Callable[[], bool]) -> bool:
+        """Wait until the server, or its first worker, is dead; return False if ``until`` holds."""
         first = None
-        for _ in range(int(seconds / 0.02)):
-            if server.process.poll() is not None or self.over.wait(0.02):
-                return
+        while not until():
+            if server.process.poll() is not None:
+                return True
             try:
                 pid = server.worker_pid()
             except (LookupError, FileNotFoundError):
                 pid = None
             if first is not None and pid != first:
-                return
+                return True
             first = pid
+            if self.over.wait(0.02):
+                return False
+        return False
 
-    def killed(self, what: str) -> None:
-        with self.lock:
-            self.state.kills += 1
-            print(f"kill {self.state.kills}: {what}; {self.state.ended} tasks", flush=True)
+    def report(self, what: str) -> None:
+        kills = self.state.kills + len(self.state.reached)
+        print(f"kill {kills}: {what}; {len(self.state.versions)} steps", flush=True)
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tear(path: Path) -> None:
+    """Leave half a line at the end of the log, as a power cut may."""
+    with path.open("ab") as file:
+        file.write(b'{"seq": 1')
+
+
+def keep_copy(root: Path, copies: Path, number: int) -> None:
+    """Keep a version as it was published, whatever becomes of it; it costs no room."""
+    name = f"models/default/versions/{number:08d}"
+    source, target = root / name, copies / name
+    if not target.exists():
+        draft = copies / "draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(source, draft, copy_function=os.link)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.rename(target)
 
 
 # -- afterwards ---------------------------------------------------------------------------------
 
 
-def uninterrupted(folder: Path, tasks: int) -> Store:
-    """Teach as many tasks to a server that nobody kills."""
-    with running_server(folder, OPTIONS) as server, Client(server.address) as client:
-        known = {version.number for version in client.versions()}
-        for number in range(len(known), tasks):
-            client.wait(client.learn(examples(number), request_id=f"request-{number}"))
+def uninterrupted(folder: Path, steps: int) -> Store:
+    """Take as many steps with a server that nobody kills."""
+    done = folder / "versions.json"
+    versions: list[int] = json.loads(done.read_text()) if done.exists() else []
+    options = (*OPTIONS, "--keep-examples", "always")
+    with running_server(folder, options) as server, Client(server.address) as client:
+        while len(versions) < steps:
+            versions.append(take(client, len(versions), versions)[1])
+            durable.replace(done, json.dumps(versions).encode())
     return Store.open(server.store)
 
 
-def faults(state: State, store: Store, reference: Store) -> Iterator[str]:
+def faults(state: State, folder: Path, store: Store, reference: Store) -> Iterator[str]:
     """Yield what does not hold."""
     made: dict[str, list[int]] = {}
     for number in store.numbers():
-        made.setdefault(store.verify(number).task, []).append(number)
-    for number, task in enumerate(state.tasks):
+        made.setdefault(store.manifest(number).task, []).append(number)
+    acknowledged = [task for task in state.tasks if task]
+    for task in acknowledged:
         if len(made.get(task, [])) != 1:
-            yield f"task {number} is in versions {made.get(task, [])}"
-    for task in made.keys() - set(state.tasks):
+            yield f"task {task} is in versions {made.get(task, [])}"
+    for task in made.keys() - set(acknowledged):
         yield f"nobody was told of task {task}, which is a version"
-    for who, answers in enumerate(state.answers):
-        for number, image, scores in answers:
-            expected = answer_of(store, number, image)
-            if expected.keys() != scores.keys():
-                yield f"client {who}: version {number} named other classes"
-            elif max(abs(expected[name] - scores[name]) for name in scores) > TOLERANCE:
-                yield f"client {who}: version {number} answers otherwise than its file"
-    yield from differences(store, reference)
-    yield from (fault.problem for fault in audit.verify(store.root).faults)
-    accepted = [
-        line.task for line in audit.verify(store.root).lines if line.event == Event.ACCEPTED
-    ]
-    if sorted(accepted) != sorted(state.tasks):
+    log = audit.verify(store.root)
+    if sorted(acknowledged) != sorted(log.history.accepted):
         yield "the audit log and the clients do not know the same tasks"
+    yield from (fault.problem for fault in log.faults)
+    copies = Copies(store, folder)
+    for who in range(2):
+        answers = list(read_answers(folder / f"answers-{who}.jsonl"))
+        seen = [number for number, _ in groupby(number for number, _, _ in answers)]
+        if not is_part(seen, log.history.current):
+            yield f"client {who} saw versions that were not current in that order"
+        for number, image, scores in answers:
+            if (fault := copies.fault(number, image, scores)) is not None:
+                yield f"client {who}: {fault}"
+    for finding in examine(store.root).found:
+        if finding.severity is not Severity.NOTE:
+            yield f"doctor: {finding.path}: {finding.problem}"
+    yield from differences(store, reference)
 
 
-@lru_cache(maxsize=4)
-def predictor_of(store: Store, number: int) -> Predictor:
-    return Predictor.load(store.path(number, ONNX_FILE), RuntimeOptions(1))
+def read_answers(path: Path) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Yield (version, image, probabilities by label) as they came."""
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):  # the last one, of a run that was cut off
+            number, image, scores = json.loads(line)
+            yield number, image, scores
 
 
-@cache
-def answer_of(store: Store, number: int, image: int) -> dict[str, float]:
-    """Return what a version's ONNX file says of an image."""
-    predictor = predictor_of(store, number)
-    pixels = predictor.preprocess(decode(IMAGES[image], Limits()))
-    (scores,) = top_classes(predictor.classify(pixels), predictor.card, 10_000)
-    return dict(scores)
+def is_part(seen: list[int], whole: tuple[int, ...]) -> bool:
+    """Whether ``seen`` is what is left of ``whole`` when some of it is left out."""
+    rest = iter(whole)
+    return all(number in rest for number in seen)
+
+
+class Copies:
+    """Versions as they were published, to hold answers against."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        root = folder / "copies"
+        for name in ("FORMAT", "backbones"):
+            with suppress(FileExistsError):
+                (root / name).symlink_to((store.root / name).absolute())
+        model = root / "models" / "default"
+        with suppress(FileExistsError):
+            shutil.copyfile(store.root / "models" / "default" / "backbone", model / "backbone")
+        self._store = Store(root)
+        if not (model / "forgotten.json").exists():
+            shutil.copyfile(folder / "forgotten.json", model / "forgotten.json")
+        self._forgotten = store.forgotten().keys
+        self.predictor = cache(self._predictor)
+        self.answer = cache(self._answer)
+
+    def fault(self, number: int, image: int, scores: dict[str, float]) -> str | None:
+        """Return what is wrong with an answer, None if nothing is."""
+        version = self._store.version(number)
+        missing = frozenset(entry.key for entry in version.classes if entry.label not in scores)
+        if not missing <= self._forgotten:
+            return f"version {number} leaves out classes that nobody forgot"
+        expected = self.answer(number, missing, image)
+        if expected.keys() != scores.keys():
+            return f"version {number} names other classes"
+        if max(abs(expected[name] - scores[name]) for name in scores) > TOLERANCE:
+            return f"version {number} answers otherwise than its file"
+        return None
+
+    def _predictor(self, number: int, missing: frozenset[str]) -> Predictor:
+        path = self._store.path(number, ONNX_FILE)
+        if not missing:
+            return Predictor.load(path, RuntimeOptions(1))
+        # Between a class's being forgotten and the swap to the version without it, a restarted
+        # server answers with the older version, without that class.
+        model = edits.without(self._store.load_model(number), missing)
+        template = self._store.backbone().template_path.read_bytes()
+        return Predictor.load(materialise(template, model, number), RuntimeOptions(1))
+
+    def _answer(self, number: int, missing: frozenset[str], image: int) -> dict[str, float]:
+        predictor = self.predictor(number, missing)
+        pixels = predictor.preprocess(decode(IMAGES[image], Limits()))
+        (scores,) = top_classes(predictor.classify(pixels), predictor.card, 10_000)
+        return dict(scores)
 
 
 def differences(store: Store, reference: Store) -> Iterator[str]:
@@ -336,41 +532,53 @@ def differences(store: Store, reference: Store) -> Iterator[str]:
             yield f"{name} of the final states differs by up to {np.abs(left - right).max():g}"
 
 
-def main() -> None:
-    """Read the command line, kill, and look."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("build/durability"))
-    options = parser.parse_args()
-    folder = options.out / "kills"
+def run(out: Path, kills: int, seed: int = 0) -> dict[str, int]:
+    """Kill, look, and return the figures.
+
+    Args:
+        out: Folder; a run that was cut off goes on from what is there.
+        kills: At random moments.
+        seed: Of the moments.
+    """
+    folder = out / "kills"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "reference" / "store").exists():
         backbone = ["--backbone", str(tiny.write_backbone(folder))]
         with running_server(folder / "server", backbone):
             pass
-        shutil.copytree(folder / "server" / "store", folder / "reference" / "store")
-    run = Run(folder, options.kills, options.seed)
-    run.go()
-    state = run.state
+        begun = folder / "server" / "store"
+        shutil.copyfile(begun / "models/default/forgotten.json", folder / "forgotten.json")
+        shutil.copytree(begun, folder / "reference" / "store")
+    killing = Run(folder, kills, seed)
+    if not killing.enough:
+        killing.go()
+    state = killing.state
     store = Store.open(folder / "server" / "store")
-    reference = uninterrupted(folder / "reference", state.ended)
-    violations = [*state.violations, *faults(state, store, reference)]
+    reference = uninterrupted(folder / "reference", len(state.versions))
+    violations = [*state.violations, *faults(state, folder, store, reference)]
     for violation in violations:
         print("VIOLATION:", violation)
-    print(
-        json.dumps(
-            {
-                "kills": state.kills,
-                "violations": len(violations),
-                "tasks": state.ended,
-                "failpoints": min(len(FAILPOINTS), state.kills // 2),
-                "answers": state.calls,
-                "compared": sum(map(len, state.answers)),
-            }
-        )
-    )
-    raise SystemExit(bool(violations))
+    return {
+        "kills": state.kills + len(state.reached),
+        "violations": len(violations),
+        "kills_at_random": state.kills,
+        "failpoints": len(state.reached),
+        "steps_taken": len(state.versions),
+        "answers": state.calls,
+        "versions": len(store.numbers()),
+    }
+
+
+def main() -> None:
+    """Read the command line, kill, and look."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=200, help="at random moments")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("build/durability"))
+    options = parser.parse_args()
+    figures = run(options.out, options.kills, options.seed)
+    print(json.dumps(figures))
+    raise SystemExit(bool(figures["violations"]))
 
 
 if __name__ == "__main__":
