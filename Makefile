@@ -29,6 +29,9 @@ DEVICE ?=
 THREADS ?=
 # Where the recorded numbers of the published code are, if not in ../shared/golden:
 GOLDEN ?=
+# Of test-durability: which parts (flips rules inputs gate faults kills), and AGAIN=1 to begin anew:
+PARTS ?=
+AGAIN ?=
 # GPU=1 uses an environment of its own, with onnxruntime-gpu in place of onnxruntime:
 GPU ?=
 
@@ -119,6 +122,11 @@ test: $(READY) ## all tests but the slow ones (PYTEST=flags)
 .PHONY: test-golden
 test-golden: $(READY) ## the recorded numbers of the published code
 	GOLDEN_REQUIRED=1 GOLDEN='$(GOLDEN)' $(BIN)/python -m pytest tests/golden $(PYTEST)
+
+.PHONY: test-durability
+test-durability: $(READY) ## that nothing is lost: kills, full disks, inputs, flips; hours, resumes (PARTS=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability $(if $(PARTS),--parts $(PARTS)) \
+		$(if $(AGAIN),--again)
 
 .PHONY: test-kills
 test-kills: $(READY) ## kill -9 of server and worker again and again; half an hour, resumes (KILLS=)

@@ -425,7 +425,7 @@ def uninterrupted(folder: Path, steps: int) -> Store:
     return Store.open(server.store)
 
 
-def faults(state: State, folder: Path, store: Store, reference: Store) -> Iterator[str]:
+def faults(state: State, copies: Copies, store: Store, reference: Store) -> Iterator[str]:
     """Yield what does not hold."""
     made: dict[str, list[int]] = {}
     for number in store.numbers():
@@ -440,9 +440,8 @@ def faults(state: State, folder: Path, store: Store, reference: Store) -> Iterat
     if sorted(acknowledged) != sorted(log.history.accepted):
         yield "the audit log and the clients do not know the same tasks"
     yield from (fault.problem for fault in log.faults)
-    copies = Copies(store, folder)
     for who in range(2):
-        answers = list(read_answers(folder / f"answers-{who}.jsonl"))
+        answers = list(read_answers(copies.folder / f"answers-{who}.jsonl"))
         seen = [number for number, _ in groupby(number for number, _, _ in answers)]
         if not is_part(seen, log.history.current):
             yield f"client {who} saw versions that were not current in that order"
@@ -470,9 +469,15 @@ def is_part(seen: list[int], whole: tuple[int, ...]) -> bool:
 
 
 class Copies:
-    """Versions as they were published, to hold answers against."""
+    """Versions as they were published, to hold answers against.
+
+    Attributes:
+        compared: Answers that are what the files say.
+        equal: Those of them that are so to the bit.
+    """
 
     def __init__(self, store: Store, folder: Path) -> None:
+        self.folder = folder
         root = folder / "copies"
         for name in ("FORMAT", "backbones"):
             with suppress(FileExistsError):
@@ -484,6 +489,7 @@ class Copies:
         if not (model / "forgotten.json").exists():
             shutil.copyfile(folder / "forgotten.json", model / "forgotten.json")
         self._forgotten = store.forgotten().keys
+        self.compared = self.equal = 0
         self.predictor = cache(self._predictor)
         self.answer = cache(self._answer)
 
@@ -498,6 +504,8 @@ class Copies:
             return f"version {number} names other classes"
         if max(abs(expected[name] - scores[name]) for name in scores) > TOLERANCE:
             return f"version {number} answers otherwise than its file"
+        self.compared += 1
+        self.equal += expected == scores
         return None
 
     def _predictor(self, number: int, missing: frozenset[str]) -> Predictor:
@@ -555,7 +563,8 @@ def run(out: Path, kills: int, seed: int = 0) -> dict[str, int]:
     state = killing.state
     store = Store.open(folder / "server" / "store")
     reference = uninterrupted(folder / "reference", len(state.versions))
-    violations = [*state.violations, *faults(state, folder, store, reference)]
+    copies = Copies(store, folder)
+    violations = [*state.violations, *faults(state, copies, store, reference)]
     for violation in violations:
         print("VIOLATION:", violation)
     return {
@@ -565,6 +574,8 @@ def run(out: Path, kills: int, seed: int = 0) -> dict[str, int]:
         "failpoints": len(state.reached),
         "steps_taken": len(state.versions),
         "answers": state.calls,
+        "answers_compared": copies.compared,
+        "answers_equal": copies.equal,
         "versions": len(store.numbers()),
     }
 

@@ -266,6 +266,32 @@ def test_a_disk_that_is_full_while_a_task_is_learned(small_disk: RunningServer) 
         assert client.wait(learn(client)).state is TaskState.PUBLISHED
 
 
+# -- memory -------------------------------------------------------------------------------------
+
+
+def written_to(pid: int) -> int:
+    """Return the bytes of a process that ``RLIMIT_DATA`` counts."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (size,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmData"))
+    return int(size) * 1024
+
+
+def test_a_task_that_takes_more_memory_than_it_may(folder: Path) -> None:
+    with running_server(folder, QUICK) as server, connect(server) as client:
+        client.wait(learn(client))
+        enough = written_to(server.worker_pid()) + 100 * 2**20
+    limited = [*QUICK, "--learn-memory-bytes", str(enough), "--task-attempts", "1"]
+    with running_server(folder, limited) as server, unharmed(server, server.store) as client:
+        few = examples("cyan", "magenta", each=8)
+        with pytest.raises(TaskFailedError) as caught:
+            client.wait(client.learn(few * 512, batch_size=4096))
+        error = caught.value.task.error
+        assert error is not None
+        assert (caught.value.task.state, error.code) == (TaskState.FAILED, "RESOURCE_EXHAUSTED")
+        assert "memory" in error.message
+        assert client.wait(client.learn(few)).state is TaskState.PUBLISHED
+
+
 # -- kill -9 ------------------------------------------------------------------------------------
 
 
