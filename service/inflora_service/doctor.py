@@ -156,6 +156,7 @@ class _Examination:
         self._model = root / "models" / MODEL
         self._numbers: list[int] = []
         self._manifests: dict[int, Version] = {}
+        self._unreadable: dict[int, DamagedError] = {}
         self._forgotten: Forgotten | None = None
         self._tasks: dict[str, Task] | None = None
         self._states: dict[str, TaskState] = {}
@@ -318,10 +319,13 @@ class _Examination:
         try:
             for path, error in self._store.backbone_damage(name):
                 yield _damage(_relative(path, self._root), error.message, remedy)
-        except (DamagedError, StateError):
-            where = _relative(folder, self._root)
-            file, problem = self._bad_manifest(where)
-            yield _damage(f"{where}/{file}", problem, remedy)
+        except (DamagedError, StateError) as error:
+            if folder.parent != self._root / "backbones" or not folder.is_dir():
+                yield _damage("backbones", error.message, remedy)
+            else:
+                where = _relative(folder, self._root)
+                file, problem = self._bad_manifest(where, error)
+                yield _damage(f"{where}/{file}", problem, remedy)
         try:
             backbone_source.read(self._root)
         except DamagedError as error:
@@ -335,26 +339,23 @@ class _Examination:
         for number in self._numbers:
             try:
                 self._manifests[number] = self._store.manifest(number)
-            except DamagedError:
-                continue
+            except DamagedError as error:
+                self._unreadable[number] = error
 
     def _versions(self) -> Iterator[Finding]:
         for number in self._numbers:
             folder = self._folder(number)
-            version = self._manifests.get(number)
-            if version is None:
-                yield self._damaged_manifest(number)
+            if (error := self._unreadable.get(number)) is not None:
+                name, problem = self._bad_manifest(folder, error)
+                yield _damage(f"{folder}/{name}", problem, f"{_RESTORE}{self._children(number)}")
                 continue
-            if version.number != number:
-                yield _damage(folder, f"its manifest is of version {version.number}", _RESTORE)
+            version = self._manifests[number]
             if version.parent is not None and version.parent not in self._numbers:
                 yield _damage(
                     f"{_folder_of(version.parent)}",
                     f"it is lost; version {number} was made from it, and cannot be learned on",
                     _RESTORE,
                 )
-            elif version.parent is not None and version.parent >= number:
-                yield _damage(folder, f"it is its own ancestor, by {version.parent}", _RESTORE)
             yield from self._files(number, version)
 
     def _files(self, number: int, version: Version) -> Iterator[Finding]:
@@ -374,20 +375,20 @@ class _Examination:
             else:
                 yield _damage(path, error.message, f"{_RESTORE}{self._children(number)}")
 
-    def _damaged_manifest(self, number: int) -> Finding:
-        folder = self._folder(number)
-        name, problem = self._bad_manifest(folder)
-        return _damage(f"{folder}/{name}", problem, f"{_RESTORE}{self._children(number)}")
+    def _bad_manifest(self, folder: str, error: InfloraError) -> tuple[str, str]:
+        """Return which file is to blame for a manifest that cannot be read, and why.
 
-    def _bad_manifest(self, folder: str) -> tuple[str, str]:
-        """Return which file is to blame for a manifest that cannot be read, and why."""
+        Args:
+            folder: Of both files.
+            error: What reading it came to.
+        """
         for name in ("manifest.json", "manifest.sha256"):
             path = self._root / folder / name
             if not path.is_file():
                 return name, "it is lost"
             if name == "manifest.sha256" and not _SUM.fullmatch(path.read_bytes()):
                 return name, "it is no checksum"
-        return "manifest.json", f"it does not have the checksum in {folder}/manifest.sha256"
+        return "manifest.json", error.message
 
     def _children(self, number: int) -> str:
         children = [
@@ -698,7 +699,7 @@ def _open_log(root: Path) -> None:
 
 def _removing(path: Path) -> Callable[[], None]:
     def remove() -> None:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -764,7 +765,9 @@ def main() -> int:
         sys.stderr.write(f"inflora doctor: error: {error}{hint}\n")
         return CANNOT_LOOK
     show = _as_json if arguments.json else _as_text
-    sys.stdout.write(show(arguments.store, diagnosis) + "\n")
+    # A name on the disk need not be text.
+    shown = show(arguments.store, diagnosis).encode(errors="backslashreplace").decode()
+    sys.stdout.write(f"{shown}\n")
     return SOUND if diagnosis.sound else DAMAGED
 
 
