@@ -108,6 +108,7 @@ def examine(root: Path, *, repair: bool = False, read_only: bool = False) -> Dia
         NotFoundError: there is no store.
         StoreFormatError: another release wrote it.
         UnavailableError: a server uses it, or it cannot be read.
+        OSError: what was repaired cannot be entered in the audit log.
     """
     if not (root / "models").is_dir():
         Store.existing(root)
