@@ -40,7 +40,7 @@ from inflora_core.store import ONNX_FILE, Store
 from inflora_service.doctor import Severity, examine
 from inflora_service.server import CURRENT as CURRENT_HEALTH
 from tests.durability import scene
-from tests.durability.scene import DEADLINE, IMAGE, OPTIONS, VERSIONS, in_time, serving
+from tests.durability.scene import DEADLINE, IMAGE, OPTIONS, VERSIONS, HangError, in_time, serving
 from tests.running_server import running_server
 from tests.service.conftest import Running
 
@@ -254,6 +254,8 @@ async def unless_refused(call: Any) -> Any:
         if error.code().name not in REFUSALS:
             raise
         return None
+    except TimeoutError as error:  # which is an OSError, too
+        raise HangError("a call has not ended") from error
 
 
 class Run:
@@ -320,9 +322,9 @@ class Run:
         for version, model in models(store):
             if model != self.sound.models.get(version):
                 yield f"another state of version {version} would be learned on"
-        in_process = self.processes and number % PROCESS_EVERY == PROCESS_EVERY - 1
+        by_process = self.processes and number % PROCESS_EVERY == PROCESS_EVERY - 1
         with in_time():
-            yield from runner.run(self._serve(root, flip, expected, in_process))
+            yield from runner.run(self._serve(root, flip, expected, by_process))
 
     def _is_noticed(self, root: Path, flip: Flip) -> bool:
         return any(
@@ -346,25 +348,27 @@ class Run:
         read = readings.get(flip.kind)
         return read is not None and read(store) == read(self.sound.store)
 
-    async def _serve(self, root: Path, flip: Flip, expected: Given, in_process: bool) -> list[str]:
+    async def _serve(self, root: Path, flip: Flip, expected: Given, by_process: bool) -> list[str]:
         numbers = self.sound.store.numbers()
         if flip.warm:
             flip.do(root)  # once more: as it was
         try:
-            async with self._server(root, in_process) as running:
+            async with self._server(root, by_process) as running:
                 if flip.warm:
                     await ask(running, numbers)
                     flip.do(root)
                 given = await ask(running, numbers)
-        except (InfloraError, OSError, RuntimeError):
-            # It does not start, and says why. Of a process, the test's helper raises this.
+        except (InfloraError, OSError, RuntimeError) as error:
+            # It does not start, and says why. Of a process, ``running_server`` says so.
+            if isinstance(error, RuntimeError) and "did not start" not in str(error):
+                raise
             return ["a server did not come up"] if flip.warm else []
         return list(self._differences(given, expected))
 
     @asynccontextmanager
-    async def _server(self, root: Path, in_process: bool) -> AsyncIterator[Running]:
+    async def _server(self, root: Path, by_process: bool) -> AsyncIterator[Running]:
         async with AsyncExitStack() as stack:
-            if not in_process:
+            if not by_process:
                 yield await stack.enter_async_context(serving(root, self.folder))
                 return
             server = stack.enter_context(running_server(self.home, OPTIONS))

@@ -33,7 +33,7 @@ from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora_core.errors import InfloraError
 from inflora_core.store import Store
 from inflora_service.doctor import examine
-from tests.durability.scene import DEADLINE, IMAGE, VERSIONS, in_time, serving
+from tests.durability.scene import DEADLINE, IMAGE, VERSIONS, HangError, in_time, serving
 from tests.service.conftest import ROOT, Running
 
 SERVED_EVERY = 25
@@ -179,6 +179,8 @@ async def said(call: Any) -> Any:
         if code not in ANSWERS:
             raise
         return None
+    except TimeoutError as error:  # which is an OSError, too
+        raise HangError("a call has not ended") from error
 
 
 # -- who looks where ----------------------------------------------------------------------------
