@@ -132,6 +132,14 @@ test-durability: $(READY) ## that nothing is lost: kills, full disks, inputs, fl
 test-kills: $(READY) ## kill -9 of server and worker again and again; half an hour, resumes (KILLS=)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability.kills $(call flag,kills,$(KILLS))
 
+.PHONY: test-inputs
+test-inputs: $(READY) ## ten thousand hostile inputs; a quarter of an hour, resumes (INPUTS=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability.inputs $(call flag,inputs,$(INPUTS))
+
+.PHONY: test-flips
+test-flips: $(READY) ## flip bytes of a store, one at a time; ten minutes, resumes (FLIPS=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability.flips $(call flag,flips,$(FLIPS))
+
 .PHONY: check
 check: check-style check-types check-imports check-stubs check-proto check-lock ## all checks
 

@@ -88,14 +88,19 @@ def read(store: Path, key: str) -> list[bytes]:
     return images
 
 
-def forget(store: Path, keys: Collection[str]) -> None:
+def forget(store: Path, classes: Collection[str]) -> None:
     """Delete what is kept of classes, durably. Doing it again does no harm.
+
+    Args:
+        store: Folder of the store.
+        classes: Their keys.
 
     Raises:
         OSError: something could not be deleted.
     """
     folder = store / FOLDER
-    there = [folder / key for key in keys if (folder / key).exists()]
+    # Only what lies in it: a key is no path, whatever it says.
+    there = [folder / key for key in keys(store).intersection(classes)]
     for path in there:
         failpoints.reach("canary.delete")
         shutil.rmtree(path)

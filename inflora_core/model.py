@@ -6,12 +6,19 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 Array = NDArray[Any]
+
+# What is read from a manifest becomes a path, or an int64 of a message: nothing else may be in one.
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern="^[0-9A-Za-z_-][0-9A-Za-z._-]{0,99}$")]
+ClassKey = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$", max_length=200)]
+Number = Annotated[int, Field(ge=1, le=10**9)]
 
 TEMPERATURES = np.geomspace(0.5, 50.0, 93)
 """What logits may be divided by: steps of 5%."""
@@ -326,7 +333,7 @@ class ClassEntry:
 
     label: str
     task: str
-    key: str
+    key: ClassKey
     aliases: tuple[str, ...] = ()
 
     @property
@@ -371,26 +378,26 @@ class VersionState(StrEnum):
 class FileEntry:
     """A file of a version, with what it must contain."""
 
-    name: str
-    size: int
-    sha256: str
+    name: FileName
+    size: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
 class Version:
     """A version's manifest: immutable, numbered from 1."""
 
-    number: int
-    parent: int | None
+    number: Number
+    parent: Number | None
     task: str
-    backbone: str
+    backbone: Sha256
     """SHA-256 that names the frozen backbone in the store."""
     classes: tuple[ClassEntry, ...]
     files: tuple[FileEntry, ...]
     create_time: datetime
     report: TaskReport | None
     """None where nothing was learned: its task changed the class table only."""
-    forgets: tuple[str, ...] = ()
+    forgets: tuple[ClassKey, ...] = ()
     """Keys of the classes that are forgotten from this version on."""
     state: VersionState = VersionState.WHOLE
     """Not in the manifest: it is found when that is read."""

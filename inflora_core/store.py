@@ -9,7 +9,7 @@
         manifest.sha256                  of manifest.json, as sha256sum writes it
     models/default/
         backbone                         sha256 of the backbone in use
-        CURRENT                          number of the current version
+        CURRENT                          number of the current version, and the sha256 of that
         forgotten.json                   keys of forgotten classes, and which of them are purged
         versions/00000001/
             factors.safetensors          A_t and B_t of the version's task
@@ -41,6 +41,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -108,7 +109,13 @@ _MANIFEST_SUM = "manifest.sha256"
 _PIN = "PINNED"
 _RETIREMENT = "RETIRED"
 _FORMAT_DRAFT = ".FORMAT."
+_POINTER = re.compile(rb"([1-9][0-9]{0,8})(?: ([0-9a-f]{64}))?\n")
+"""What is in CURRENT; the checksum is not there where an operator, or an older server, wrote it."""
+_SHA256 = re.compile("[0-9a-f]{64}")
+_NUMBER = re.compile("[0-9]{8,9}")
 _NOVELTY = ("weight", "bias", "whitening", "offset")
+_MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
+"""What comes of reading JSON that is none, or not as it was written."""
 _VERSION = TypeAdapter(Version)
 _CONFIG = TypeAdapter(BackboneConfig)
 _FILES = TypeAdapter(tuple[FileEntry, ...])
@@ -157,6 +164,8 @@ class Store:
         Raises:
             InvalidInputError: ``root`` is a file, or a folder with other things in it.
             StoreFormatError: a newer release wrote it.
+            DamagedError: its format cannot be read.
+            OSError: a folder of it cannot be made, for example because a file is in its place.
         """
         path = Path(root)
         if path.exists() and not path.is_dir():
@@ -191,7 +200,7 @@ class Store:
             number = int(json.loads(marker.read_bytes())["format"])
         except FileNotFoundError as error:
             raise NotFoundError(f"{path} has no FORMAT file, so it is not a store") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, OverflowError, *_MALFORMED) as error:
             raise DamagedError(f"{marker} cannot be read: {error}") from error
         if number > FORMAT:
             raise StoreFormatError(
@@ -207,7 +216,7 @@ class Store:
     def clear_drafts(self) -> None:
         """Remove what an interrupted writer left. Only the one writer may call this."""
         for draft in self._drafts.iterdir():
-            if draft.is_dir():
+            if draft.is_dir() and not draft.is_symlink():
                 shutil.rmtree(draft)
             else:
                 draft.unlink()
@@ -270,7 +279,7 @@ class Store:
         """
         if not sha256 and not self.has_backbone():
             raise StateError("the store has no backbone yet")
-        folder = self.root / "backbones" / sha256 if sha256 else self._backbone_folder()
+        folder = self._backbone_called(sha256) if sha256 else self._backbone_folder()
         try:
             entries = _FILES.validate_json(_read_manifest(folder))
         except ValueError as error:
@@ -284,9 +293,15 @@ class Store:
     def _backbone_folder(self) -> Path:
         name = self._model / "backbone"
         try:
-            return self.root / "backbones" / _read(name).decode().strip()
+            sha256 = _read(name).decode().strip()
         except ValueError as error:
             raise DamagedError(f"the backbone in {name} cannot be read: {error}") from error
+        return self._backbone_called(sha256)
+
+    def _backbone_called(self, sha256: str) -> Path:
+        if not _SHA256.fullmatch(sha256):
+            raise DamagedError(f"{sha256[:100]!r} is no backbone's name, which is a sha256")
+        return self.root / "backbones" / sha256
 
     def load_weights(self, backbone: StoredBackbone) -> dict[str, Array]:
         """Return the frozen weights, float32, by parameter name."""
@@ -304,9 +319,9 @@ class Store:
 
     def numbers(self) -> list[int]:
         """Return the numbers of all versions, oldest first."""
-        return sorted(
-            int(folder.name) for folder in self._versions.iterdir() if folder.name.isdigit()
-        )
+        names = [path.name for path in self._versions.iterdir() if _NUMBER.fullmatch(path.name)]
+        # What is not named as we do it was not made by us.
+        return sorted(int(name) for name in names if int(name) and name == f"{int(name):08d}")
 
     def version(self, number: int) -> Version:
         """Return the manifest of version ``number`` as it is now: without forgotten classes.
@@ -335,12 +350,17 @@ class Store:
     def _manifest(self, number: int) -> Version:
         """Return the manifest of version ``number`` as it is on the disk."""
         folder = self._folder(number)
-        if not folder.is_dir():
+        if not folder.exists():
             raise NotFoundError(f"there is no version {number}", field="name")
         try:
-            return _VERSION.validate_json(_read_manifest(folder))
+            version = _VERSION.validate_json(_read_manifest(folder))
         except ValidationError as error:
             raise DamagedError(f"{folder / _MANIFEST} cannot be read: {error}") from error
+        if version.number != number:
+            raise DamagedError(f"{folder / _MANIFEST} is of version {version.number}")
+        if version.parent is not None and version.parent >= number:
+            raise DamagedError(f"by {folder / _MANIFEST} it is its own ancestor")
+        return version
 
     def manifest(self, number: int) -> Version:
         """Return the manifest as it is on the disk, forgotten classes among the others.
@@ -369,7 +389,7 @@ class Store:
             except (DamagedError, NotFoundError):
                 parent = (known or {}).get(child)
             if parent is not None and parent >= child:
-                break  # no version was ever made from a later one
+                break  # what others know may be damaged, too
             if parent is not None:
                 lineage.append(parent)
         return lineage
@@ -405,19 +425,25 @@ class Store:
         return None
 
     def current(self) -> int | None:
-        """Return the number of the current version, or None before the first."""
-        try:
-            return int((self._model / "CURRENT").read_text())
-        except FileNotFoundError:
+        """Return the number of the current version, or None before the first.
+
+        Raises:
+            DamagedError: it cannot be read, or does not have its checksum.
+        """
+        path = self._model / "CURRENT"
+        if not os.path.lexists(path):
             return None
-        except ValueError as error:
-            raise DamagedError(f"{self._model / 'CURRENT'} is not a number") from error
+        match = _POINTER.fullmatch(_read(path))
+        # With a digit flipped it would name another version, and that would answer.
+        if match is None or (match[2] and match[0] != _pointer(int(match[1]))):
+            raise DamagedError(f"{path} is not the number of a version, or has another's checksum")
+        return int(match[1])
 
     def set_current(self, number: int) -> None:
         """Make version ``number`` current. The caller has verified it."""
         self.version(number)
         failpoints.reach("pointer.replace")
-        durable.replace(self._model / "CURRENT", f"{number}\n".encode())
+        durable.replace(self._model / "CURRENT", _pointer(number))
         failpoints.reach("pointer.replaced")
 
     def verify(self, number: int) -> Version:
@@ -487,6 +513,8 @@ class Store:
                     merged[name] = merge(key_value, pair)
         newest = lineage[0]
         memory, head = self._tensors(newest, _MEMORY), self._tensors(newest, _HEAD)
+        if len(head["weight"]) != len(newest.classes):
+            raise DamagedError(f"version {number} lists other classes than its head has")
         layers = {
             name: LayerState(
                 key_value=key_value,
@@ -532,8 +560,11 @@ class Store:
         template = self.backbone().template_path.read_bytes()
         return materialise(template, self.load_model(number), number)
 
-    def rebuild_onnx(self, number: int) -> None:
+    def rebuild_onnx(self, number: int) -> bytes:
         """Make ``model.onnx`` of a version again, from the template and what the task changed.
+
+        Returns:
+            Its content.
 
         Raises:
             NotFoundError: there is no such version.
@@ -548,6 +579,7 @@ class Store:
                     f"{ONNX_FILE} of version {number} is damaged, and cannot be rebuilt"
                 )
             durable.replace(self._folder(number) / ONNX_FILE, content)
+            return content
 
     # -- what is kept -----------------------------------------------------------------------
 
@@ -716,7 +748,7 @@ class Store:
             if content["sha256"] != _forgotten_sum(keys, purged):
                 raise DamagedError(f"{self._forgotten} does not have its checksum")
             return Forgotten(frozenset(keys), frozenset(purged))
-        except (ValueError, KeyError, TypeError) as error:
+        except _MALFORMED as error:
             raise DamagedError(f"{self._forgotten} cannot be read: {error}") from error
 
     def forget(self, keys: Collection[str]) -> None:
@@ -979,6 +1011,10 @@ def _dump(version: Version) -> bytes:
     return _VERSION.dump_json(version, indent=1, exclude={"state", "pinned"})
 
 
+def _pointer(number: int) -> bytes:
+    return f"{number} {hashlib.sha256(str(number).encode()).hexdigest()}\n".encode()
+
+
 def _forgotten_sum(keys: list[str], purged: list[str]) -> str:
     return hashlib.sha256(json.dumps([keys, purged]).encode()).hexdigest()
 
@@ -991,7 +1027,9 @@ def _read_manifest(folder: Path) -> bytes:
     sums += _read(folder / _MANIFEST_SUM)
     # A flipped bit in a class's name would pass for a class of another name.
     if _manifest_sum(content) not in sums.splitlines(keepends=True):
-        raise DamagedError(f"{folder / _MANIFEST} does not have its checksum")
+        raise DamagedError(
+            f"{folder / _MANIFEST} does not have the checksum in {folder / _MANIFEST_SUM}"
+        )
     return content
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 from inflora_core import audit, durable
@@ -79,7 +80,7 @@ class Finding:
     path: str
     problem: str
     remedy: str
-    repair: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+    repair: Callable[[], object] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def examine(root: Path, *, repair: bool = False, read_only: bool = False) -> Dia
         NotFoundError: there is no store.
         StoreFormatError: another release wrote it.
         UnavailableError: a server uses it, or it cannot be read.
+        OSError: what was repaired cannot be entered in the audit log.
     """
     if not (root / "models").is_dir():
         Store.existing(root)
@@ -156,6 +158,7 @@ class _Examination:
         self._model = root / "models" / MODEL
         self._numbers: list[int] = []
         self._manifests: dict[int, Version] = {}
+        self._unreadable: dict[int, DamagedError] = {}
         self._forgotten: Forgotten | None = None
         self._tasks: dict[str, Task] | None = None
         self._states: dict[str, TaskState] = {}
@@ -319,10 +322,13 @@ class _Examination:
         try:
             for path, error in self._store.backbone_damage(name):
                 yield _damage(_relative(path, self._root), error.message, remedy)
-        except (DamagedError, StateError):
-            where = _relative(folder, self._root)
-            file, problem = self._bad_manifest(where)
-            yield _damage(f"{where}/{file}", problem, remedy)
+        except (DamagedError, StateError) as error:
+            if folder.parent != self._root / "backbones" or not folder.is_dir():
+                yield _damage("backbones", error.message, remedy)
+            else:
+                where = _relative(folder, self._root)
+                file, problem = self._bad_manifest(where, error)
+                yield _damage(f"{where}/{file}", problem, remedy)
         try:
             backbone_source.read(self._root)
         except DamagedError as error:
@@ -336,26 +342,23 @@ class _Examination:
         for number in self._numbers:
             try:
                 self._manifests[number] = self._store.manifest(number)
-            except DamagedError:
-                continue
+            except DamagedError as error:
+                self._unreadable[number] = error
 
     def _versions(self) -> Iterator[Finding]:
         for number in self._numbers:
             folder = self._folder(number)
-            version = self._manifests.get(number)
-            if version is None:
-                yield self._damaged_manifest(number)
+            if (error := self._unreadable.get(number)) is not None:
+                name, problem = self._bad_manifest(folder, error)
+                yield _damage(f"{folder}/{name}", problem, f"{_RESTORE}{self._children(number)}")
                 continue
-            if version.number != number:
-                yield _damage(folder, f"its manifest is of version {version.number}", _RESTORE)
+            version = self._manifests[number]
             if version.parent is not None and version.parent not in self._numbers:
                 yield _damage(
                     f"{_folder_of(version.parent)}",
                     f"it is lost; version {number} was made from it, and cannot be learned on",
                     _RESTORE,
                 )
-            elif version.parent is not None and version.parent >= number:
-                yield _damage(folder, f"it is its own ancestor, by {version.parent}", _RESTORE)
             yield from self._files(number, version)
 
     def _marks(self) -> Iterator[Finding]:
@@ -368,7 +371,7 @@ class _Examination:
                     self._folder(number),
                     "it was retired, by the audit log, and nothing in it says so",
                     "it can be marked again; the next start does it, too",
-                    _calling(self._store.retire, number),
+                    partial(self._store.retire, number),
                 )
         for number in sorted(self._history.pinned - pinned - gone):
             if number in self._manifests:
@@ -376,14 +379,14 @@ class _Examination:
                     self._folder(number),
                     "its pin is lost: the audit log says that it is pinned",
                     "it can be pinned again; the next start does it, too",
-                    _calling(self._store.pin, number),
+                    partial(self._store.pin, number),
                 )
         for number in self._store.half_retired():
             yield self._unsettled(
                 self._folder(number),
                 "its retirement is not finished",
                 "it can be finished; the next start does it, too",
-                _calling(self._store.retire, number),
+                partial(self._store.retire, number),
             )
 
     def _files(self, number: int, version: Version) -> Iterator[Finding]:
@@ -403,20 +406,20 @@ class _Examination:
             else:
                 yield _damage(path, error.message, f"{_RESTORE}{self._children(number)}")
 
-    def _damaged_manifest(self, number: int) -> Finding:
-        folder = self._folder(number)
-        name, problem = self._bad_manifest(folder)
-        return _damage(f"{folder}/{name}", problem, f"{_RESTORE}{self._children(number)}")
+    def _bad_manifest(self, folder: str, error: InfloraError) -> tuple[str, str]:
+        """Return which file is to blame for a manifest that cannot be read, and why.
 
-    def _bad_manifest(self, folder: str) -> tuple[str, str]:
-        """Return which file is to blame for a manifest that cannot be read, and why."""
+        Args:
+            folder: Of both files.
+            error: What reading it came to.
+        """
         for name in ("manifest.json", "manifest.sha256"):
             path = self._root / folder / name
             if not path.is_file():
                 return name, "it is lost"
             if name == "manifest.sha256" and not _SUM.fullmatch(path.read_bytes()):
                 return name, "it is no checksum"
-        return "manifest.json", f"it does not have the checksum in {folder}/manifest.sha256"
+        return "manifest.json", error.message
 
     def _children(self, number: int) -> str:
         children = [
@@ -667,7 +670,7 @@ class _Examination:
             )
 
     def _unsettled(
-        self, path: str, problem: str, remedy: str, repair: Callable[[], None] | None = None
+        self, path: str, problem: str, remedy: str, repair: Callable[[], object] | None = None
     ) -> Finding:
         """Return what is half done: a fault, unless a server may be at it."""
         severity = Severity.WARNING if self._settled else Severity.NOTE
@@ -678,7 +681,7 @@ _RESTORE = "restore it from a backup"
 
 
 def _damage(
-    path: str, problem: str, remedy: str, repair: Callable[[], None] | None = None
+    path: str, problem: str, remedy: str, repair: Callable[[], object] | None = None
 ) -> Finding:
     return Finding(Severity.DAMAGE, path, problem, remedy, repair)
 
@@ -725,16 +728,9 @@ def _open_log(root: Path) -> None:
     AuditLog(root)
 
 
-def _calling(change: Callable[[int], object], number: int) -> Callable[[], None]:
-    def call() -> None:
-        change(number)
-
-    return call
-
-
 def _removing(path: Path) -> Callable[[], None]:
     def remove() -> None:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -800,7 +796,9 @@ def main() -> int:
         sys.stderr.write(f"inflora doctor: error: {error}{hint}\n")
         return CANNOT_LOOK
     show = _as_json if arguments.json else _as_text
-    sys.stdout.write(show(arguments.store, diagnosis) + "\n")
+    # A name on the disk need not be text.
+    shown = show(arguments.store, diagnosis).encode(errors="backslashreplace").decode()
+    sys.stdout.write(f"{shown}\n")
     return SOUND if diagnosis.sound else DAMAGED
 
 

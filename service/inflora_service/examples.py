@@ -19,6 +19,7 @@ from inflora_core import durable, failpoints
 from inflora_core.errors import DamagedError
 from inflora_core.model import MARK, Task, TaskState, Version, positions_by_label
 from inflora_core.spool import read_labels
+from inflora_service.names import is_task_id
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,11 @@ class Examples:
             log.info("the examples of %d tasks are kept in %s", len(kept), self._kept)
 
     def spooled(self) -> list[str]:
-        """Return the ids of all tasks, or uploads, that have a spool."""
-        return [folder.name for folder in self.spools.iterdir()]
+        """Return the ids of all tasks, or uploads, that have a spool.
+
+        What is named otherwise is nobody's, and left to its operator.
+        """
+        return [folder.name for folder in self.spools.iterdir() if is_task_id(folder.name)]
 
     def kept(self) -> list[str]:
         """Return the ids of the tasks whose examples are kept."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from functools import partial
 from itertools import islice
 
 from inflora.v1 import model_service_pb2 as pb
@@ -85,7 +86,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         response = pb.DownloadArtifactResponse(
             artifact=codec.encode_artifact(entry), version=names.version_name(version.number)
         )
-        async with aclosing(read_artifact(path, entry, position)) as chunks:
+        rebuild = partial(self._store.rebuild_onnx, version.number) if name == ONNX_FILE else None
+        async with aclosing(read_artifact(path, entry, position, rebuild)) as chunks:
             async for chunk in chunks:
                 response.data, response.offset = chunk, position
                 yield response

@@ -26,6 +26,11 @@ _TASK = re.compile(rf"models/({_ID})/tasks/({_ID})")
 _VERSION = re.compile(rf"models/({_ID})/versions/([1-9][0-9]{{0,8}}|current)")
 
 
+def is_task_id(text: str) -> bool:
+    """Whether ``text`` can be the id of a task, or of an upload."""
+    return re.fullmatch(_ID, text) is not None
+
+
 def task_name(task: str) -> str:
     """Return the name of the task with id ``task``."""
     return f"{MODEL_NAME}/tasks/{task}"

@@ -30,7 +30,7 @@ from inflora.v1 import (
 )
 from inflora_core.audit import AuditLog, History
 from inflora_core.config import Gate, LearnConfig, Limits, Retention
-from inflora_core.errors import InfloraError, UnavailableError
+from inflora_core.errors import DamagedError, InfloraError, UnavailableError
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.store import Store
 from inflora_service import backbone_source
@@ -136,7 +136,8 @@ class Server:
         Raises:
             UnavailableError: the port, the store or the execution provider cannot be had.
             StoreFormatError: a newer release wrote the store.
-            DamagedError: the store's backbone or its records are damaged.
+            DamagedError: the store's backbone or its records are damaged, or lost while versions or
+                tasks are there.
             InfloraError: for a new store, why there can be none with that backbone.
         """
         async with AsyncExitStack() as undo:
@@ -191,6 +192,7 @@ class Server:
 
         new = not store.has_backbone()
         if new:
+            await asyncio.to_thread(_refuse_remains, store, audit.history, records)
             learner.start()
             await self._make_backbone(store, learner)
         else:
@@ -320,6 +322,19 @@ def _mark_again(store: Store, history: History) -> None:
                 mark(number)
             except (InfloraError, OSError) as error:
                 log.warning("version %d is not as the audit log says: %s", number, error)
+
+
+def _refuse_remains(store: Store, history: History, records: TaskRecords) -> None:
+    """Refuse to make a backbone for what is left of a store: its versions have another.
+
+    Raises:
+        DamagedError: something was learned in it before.
+    """
+    if store.numbers() or records.states() or history.accepted or history.parents:
+        raise DamagedError(
+            f"the store {store.root} has a past, but no backbone: it is damaged; see what "
+            "inflora doctor says of it"
+        )
 
 
 def _check_address(host: str, port: int) -> None:

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -307,20 +306,18 @@ class ModelHost:
             return await asyncio.to_thread(self._store.unpin, number)
 
     async def _retain(self, retention: Retention) -> None:
-        loop = asyncio.get_running_loop()
         async with self._swap:
             if self._fault is not None or self._current is None:
                 return  # which ones will be needed, nobody knows
             versions = await asyncio.to_thread(self._readable)
             old = outdated(versions, self._current.version.number, retention)
             for number in old.versions:
-                # On the thread that loads versions: none may be half deleted under its eyes.
-                await loop.run_in_executor(self._loader, self._store.retire, number)
+                await asyncio.to_thread(self._store.retire, number)
                 self._pinned.pop(number, None)
                 await self._audit.retired(number)
                 log.info("version %d is retired", number)
-            for number in old.onnx_files:
-                await loop.run_in_executor(self._loader, self._store.drop_onnx, number)
+            for number in filter(self._store.has_onnx, old.onnx_files):
+                await asyncio.to_thread(self._store.drop_onnx, number)
 
     def _readable(self) -> list[Version]:
         return [self._store.version(version.number) for version in self._store.manifests()]
@@ -341,10 +338,10 @@ class ModelHost:
 
     async def _swap_to(self, number: int, who: str) -> Version:
         loaded = await self._get(number)
-        if loaded.version.state is VersionState.WHOLE:
+        whole = loaded.version.state is VersionState.WHOLE
+        if whole and not self._store.has_onnx(number):
             # Loaded long ago, its file may have been let go since; the next start should find it.
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._loader, self._onnx, number)
+            await asyncio.to_thread(self._onnx, number)
         if loaded.version.forgets:
             # First, so that whatever happens none of them is back after the new version was seen.
             await asyncio.to_thread(self._store.forget, loaded.version.forgets)
@@ -495,16 +492,19 @@ class ModelHost:
         predictor.warm_up()
         return Loaded(version, predictor, generation)
 
-    def _onnx(self, number: int) -> Path | bytes:
+    def _onnx(self, number: int) -> bytes:
         """Return ``model.onnx`` of a version, made again if it is not kept."""
-        if not self._store.has_onnx(number):
-            try:
-                self._store.rebuild_onnx(number)
-            except OSError as error:
-                # On a full disk it can still answer.
-                log.warning("%s of version %d is not written: %s", ONNX_FILE, number, error)
-                return self._store.make_onnx(number)
-        return self._store.path(number, ONNX_FILE)
+        try:
+            # Read at once: it may be let go at any moment.
+            return self._store.path(number, ONNX_FILE).read_bytes()
+        except FileNotFoundError:
+            pass
+        try:
+            return self._store.rebuild_onnx(number)
+        except OSError as error:
+            # On a full disk it can still answer.
+            log.warning("%s of version %d is not written: %s", ONNX_FILE, number, error)
+            return self._store.make_onnx(number)
 
     def _verified(self, number: int) -> Version:
         """Return a version's manifest once all its files are sound.
@@ -517,6 +517,8 @@ class ModelHost:
             log.warning("trying to rebuild %s of version %d: %s", ONNX_FILE, number, error)
             try:
                 self._store.rebuild_onnx(number)
+            except StateError:
+                raise  # its files went because it was purged or retired meanwhile
             except (InfloraError, OSError) as cause:
                 log.warning("version %d cannot be rebuilt: %s", number, cause)
                 raise error from cause

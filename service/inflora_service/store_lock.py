@@ -28,9 +28,12 @@ class StoreLock:
         """Take the lock. Blocks for up to ``PATIENCE_SECONDS``.
 
         Raises:
-            UnavailableError: another server has it.
+            UnavailableError: another server has it, or it is no file that can be opened.
         """
-        self.descriptor = os.open(store / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self.descriptor = os.open(store / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UnavailableError(f"{store / FILE} cannot be opened: {error}") from error
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:

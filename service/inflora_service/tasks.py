@@ -190,7 +190,7 @@ class TaskQueue:
                 self._queue.append(live)
             self._live[task.id] = live
         await asyncio.to_thread(self._examples.open)
-        await asyncio.to_thread(self._uploads.adopt, list(self._live))
+        await asyncio.to_thread(self._adopt)
         await self.sweep()
         if self._live:
             log.info("taking up %d tasks that have not ended", len(self._live))
@@ -199,6 +199,21 @@ class TaskQueue:
             asyncio.create_task(self._run(), name="task-queue"),
             asyncio.create_task(self._sweep_on(), name="task-sweep"),
         ]
+
+    def _adopt(self) -> None:
+        """Take up uploads that broke off; what a task left behind when it ended is none."""
+        spools = self._examples.spooled()
+        self._uploads.adopt([name for name in spools if name in self._live or self._has(name)])
+
+    def _has(self, task: str) -> bool:
+        """Whether there is a record of a task, damaged or not."""
+        try:
+            self._records.get(task)
+        except NotFoundError:
+            return False
+        except InfloraError as error:
+            log.warning("the record of task %s: %s", task, error)
+        return True
 
     async def stop(self) -> None:
         """Stop learning; what is not published by now is taken up at the next start.

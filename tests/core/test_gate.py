@@ -485,6 +485,14 @@ def test_canary_images_are_kept_as_they_are(tmp_path: Path) -> None:
     assert canary.keys(tmp_path) == {"task.1"}
 
 
+def test_a_key_is_no_path(tmp_path: Path) -> None:
+    (tmp_path / "versions").mkdir()
+    canary.keep(tmp_path, "task.0", [b"one"])
+    canary.forget(tmp_path, ["../versions", "..", "."])
+    assert (tmp_path / "versions").exists()
+    assert canary.keys(tmp_path) == {"task.0"}
+
+
 @settings(deadline=None)  # it waits for the disk
 @given(st.data())
 def test_damage_to_canary_images_is_noticed(data: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 LIGHT = (
     "inflora_core",
@@ -64,3 +66,26 @@ def test_an_import_of_torch_would_be_seen() -> None:
     result = run(("inflora_core", "inflora_core.moments"), HEAVY)
     assert result.returncode == 1
     assert "inflora_core.moments imports ['torch']" in result.stderr
+
+
+TELEMETRY = """
+import inflora_core.predictor
+import numpy, onnx, onnxruntime
+from onnx import TensorProto, helper
+value = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1,))
+other = helper.make_tensor_value_info("y", TensorProto.FLOAT, (1,))
+graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "none", [value], [other])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+onnxruntime.InferenceSession(model.SerializeToString())
+"""
+
+
+def test_onnxruntime_reports_nothing(tmp_path: Path) -> None:
+    """It would keep an id of the machine, and a database of what is to be sent."""
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    folders = {"HOME": tmp_path / "home", "TMPDIR": tmp_path / "tmp"}
+    for folder in folders.values():
+        folder.mkdir()
+    environment |= {name: str(folder) for name, folder in folders.items()}
+    subprocess.run([sys.executable, "-c", TELEMETRY], env=environment, check=True)
+    assert [*tmp_path.glob("*/*")] == []

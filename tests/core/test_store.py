@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -451,10 +452,78 @@ def test_one_damaged_manifest_does_not_hide_the_others(shared_store: Store) -> N
 def test_strangers_among_the_versions_are_passed_over(store: Store) -> None:
     publish(store, None, "first")
     (store.root / "models/default/versions/.DS_Store").write_bytes(b"")
-    (store.root / "models/default/versions/lost+found").mkdir()
+    for name in (
+        "lost+found",
+        "\N{SUPERSCRIPT TWO}",
+        "\N{ARABIC-INDIC DIGIT THREE}",
+        "2",
+        "00000000",
+    ):
+        (store.root / "models/default/versions" / name).mkdir()
     assert store.numbers() == [1]
     assert store.next_number() == 2
     assert store.version_of_task("none") is None
+
+
+def forge(store: Store, version: int, changes: dict[str, Any]) -> None:
+    """Have a manifest say something else, with a checksum that is right."""
+    folder = store.root / f"models/default/versions/{version:08d}"
+    content = json.dumps(json.loads((folder / "manifest.json").read_bytes()) | changes).encode()
+    (folder / "manifest.json").write_bytes(content)
+    checksum = hashlib.sha256(content).hexdigest()
+    (folder / "manifest.sha256").write_text(f"{checksum}  manifest.json\n")
+
+
+def listed(name: str, size: int = 1) -> list[dict[str, object]]:
+    return [{"name": name, "size": size, "sha256": "0" * 64}]
+
+
+FORGED: dict[str, dict[str, Any]] = {
+    "its own parent": {"parent": 2},
+    "a parent of later": {"parent": 3},
+    "another's number": {"number": 1},
+    "a file elsewhere": {"files": listed("../../../../secret")},
+    "a file at the root": {"files": listed("/etc/passwd")},
+    "a file of no name": {"files": listed("")},
+    "a size that no message holds": {"files": listed("model.onnx", 2**63)},
+    "a backbone elsewhere": {"backbone": "../.."},
+    "a class elsewhere": {"forgets": ["../spool"]},
+    "fewer classes than rows": {"classes": []},
+}
+
+
+@pytest.mark.parametrize("changes", FORGED.values(), ids=FORGED)
+def test_a_manifest_that_no_store_wrote_is_damaged(store: Store, changes: dict[str, Any]) -> None:
+    for parent in (None, 1, 2):
+        publish(store, parent, f"after-{parent}")
+    forge(store, 2, changes)
+    with pytest.raises(DamagedError):
+        store.load_model(2)
+    if "classes" not in changes:
+        for call in (store.version, store.verify, store.load_model):
+            with pytest.raises(DamagedError):
+                call(2)
+    store.verify(1)
+
+
+@pytest.mark.parametrize("name", ["../..", "/etc", "a\0b", ""])
+def test_a_backbone_s_name_leads_nowhere_else(store: Store, name: str) -> None:
+    (store.root / "models/default/backbone").write_text(name)
+    with pytest.raises(DamagedError, match="no backbone's name"):
+        store.backbone()
+
+
+def test_a_flipped_bit_in_the_number_of_the_current_version_is_found(store: Store) -> None:
+    for number in (1, 2, 3):
+        publish(store, None, f"task-{number}")
+    store.set_current(2)
+    path = store.root / "models/default/CURRENT"
+    for position in range(len(path.read_bytes())):
+        for bit in range(8):
+            with damaged(path, flip(position, 1 << bit)), pytest.raises(DamagedError):
+                store.current()
+    path.write_text("3\n")  # as an operator may write it
+    assert store.current() == 3
 
 
 @settings(max_examples=200)
@@ -498,7 +567,20 @@ def test_a_store_of_a_newer_release_is_refused(store: Store) -> None:
     assert sorted(store.root.rglob("*")) == before
 
 
-@pytest.mark.parametrize("content", ["", "1", "{}", '{"format": null}', '{"format": "x"}', "\0"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "1",
+        "{}",
+        '{"format": null}',
+        '{"format": "x"}',
+        "\0",
+        '{"format": 1e999}',
+        "[" * 100_000,
+    ],
+    ids=range(8),
+)
 def test_a_damaged_format_file_is_said_to_be(tmp_path: Path, content: str) -> None:
     (tmp_path / "FORMAT").write_text(content)
     with pytest.raises(DamagedError, match="FORMAT"):

@@ -481,3 +481,37 @@ async def test_a_store_in_use_is_only_looked_at(
 def test_a_lock_that_is_held_is_let_go(store: Path) -> None:
     examine(store)
     StoreLock(store).release()
+
+
+@pytest.mark.parametrize("name", ["../../..", "/etc", "a\0b", ""])
+def test_a_backbone_s_name_leads_nowhere_else(store: Path, name: str) -> None:
+    pointer = store / "models/default/backbone"
+    before = pointer.read_bytes()
+    pointer.write_text(name)
+    for path in (store / VERSIONS).glob("*/manifest.json"):
+        path.unlink()  # which say the right name
+    assert not examine(store).sound
+    pointer.write_bytes(before)
+
+
+def test_a_lock_that_is_no_file(store: Path) -> None:
+    (store / "LOCK").unlink()
+    (store / "LOCK").mkdir()
+    with pytest.raises(UnavailableError, match="LOCK"):
+        examine(store)
+    assert examine(store, read_only=True).sound
+
+
+def test_a_name_that_is_no_text(store: Path) -> None:
+    os.mkdir(os.fsencode(store / "drafts") + b"/\xff")
+    command = [sys.executable, "-m", "inflora_service.doctor", str(store), "--repair"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "drafts/\\udcff" in ended.stdout
+
+
+def test_a_draft_that_leads_elsewhere(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (store / "drafts" / "link").symlink_to(tmp_path / "elsewhere")
+    assert examine(store, repair=True).found == ()
+    assert (tmp_path / "elsewhere").is_dir()

@@ -106,11 +106,15 @@ async def test_examples_of_a_candidate_that_is_retired_go(
     assert kept(settings) == {}
 
 
+@pytest.mark.parametrize("request_id", ["", "mine"])
 async def test_what_a_crash_kept_from_being_moved_is_moved_later(
-    start: Callable[..., Any], settings: Settings
+    start: Callable[..., Any], settings: Settings, request_id: str
 ) -> None:
+    """With a request id, too, under which an upload could be continued."""
     running = await start(keep_examples="always")
-    published = await learn(running, a=RED)
+    published = await running.ended(
+        (await running.learn({"a": [png(RED)]}, request_id=request_id)).name
+    )
     await running.server.stop()
     spool = settings.store / "spool" / name(published)
     (settings.store / "examples" / name(published)).rename(spool)

@@ -508,7 +508,7 @@ async def test_what_is_forgotten_stays_so_in_what_stands_in(
     assert {score.label for score in answer.predictions[0].scores} == {"red", "blue"}
 
 
-@pytest.mark.parametrize("content", [None, "two", "77"])
+@pytest.mark.parametrize("content", [None, "two", "77\n", "1 " + "0" * 64 + "\n"])
 async def test_a_lost_pointer_does_not_begin_anew(
     start: Callable[..., Any], settings: Settings, content: str | None
 ) -> None:
@@ -525,8 +525,34 @@ async def test_a_lost_pointer_does_not_begin_anew(
     task = await running.learn({"c": [png()]})
     assert task.state == pb.TASK_STATE_QUEUED
     promote = model_pb.PromoteVersionRequest(name="models/default/versions/2")
-    if content != "77":  # which names no version, so nobody knows what it was made from
+    if content != "77\n":  # which names no version, so nobody knows what it was made from
         assert await answered(running) == 2
     await running.model.PromoteVersion(promote)
     assert (await running.ended(task.name)).version == "models/default/versions/3"
     assert running.store.version(3).parent == 2
+
+
+async def test_what_is_left_of_a_store_is_not_taken_for_a_new_one(
+    start: Callable[..., Any], settings: Settings
+) -> None:
+    publish(settings.store, red=RED)
+    pointer = settings.store / "models/default/backbone"
+    sha256 = pointer.read_bytes()
+    pointer.unlink()
+    with pytest.raises(DamagedError, match="no backbone"):
+        await start()
+    assert not pointer.exists()
+    pointer.write_bytes(sha256)
+    assert await answered(await start()) == 1
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"Not an id", "\N{SUPERSCRIPT TWO}".encode()])
+async def test_what_is_not_ours_in_the_spool_does_not_keep_a_server_from_starting(
+    start: Callable[..., Any], settings: Settings, name: bytes
+) -> None:
+    stranger = os.fsencode(settings.store / "spool") + b"/" + name
+    os.makedirs(stranger)
+    running: Running = await start()
+    await running.server.tasks.sweep()
+    assert stranger in [os.fsencode(path) for path in (settings.store / "spool").iterdir()]
+    assert await running.serving() == "SERVING"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from inflora.v1 import model_service_pb2 as pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2
+from inflora_core.errors import DamagedError
+from inflora_core.model import FileEntry
 from inflora_core.store import Store
 from inflora_service import artifacts
 from inflora_service.server import Settings
@@ -143,6 +146,35 @@ async def test_a_damaged_manifest_hides_no_other_version(running: Running) -> No
     assert (listed, token) == ([name_of(3), name_of(1)], "")
     with fails("DATA_LOSS", "DAMAGED"):
         await get(running, 2)
+
+
+@pytest.mark.parametrize("offset", [0, 7])
+async def test_a_damaged_onnx_file_is_made_again_to_be_handed_out(
+    running: Running, offset: int
+) -> None:
+    path = Store.open(running.settings.store).path(2, "model.onnx")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
+    messages = await download(running, name=name_of(2), offset=offset)
+    assert b"".join(message.data for message in messages) == content[offset:]
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(("offset", "sent"), [(0, b"01234567"), (5, b"5678")])
+async def test_a_file_that_is_damaged_while_it_is_read_is_not_sent_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int, sent: bytes
+) -> None:
+    monkeypatch.setattr(artifacts, "CHUNK_BYTES", 4)
+    content, path, received = b"0123456789", tmp_path / "file", b""
+    path.write_bytes(content)
+    entry = FileEntry("file", len(content), hashlib.sha256(content).hexdigest())
+    chunks = artifacts.read_artifact(path, entry, offset)
+    while len(received) < len(sent):
+        received += await anext(chunks)
+        path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(DamagedError):
+        await anext(chunks)
+    assert received == sent
 
 
 async def test_a_damaged_file_is_not_handed_out(running: Running) -> None:

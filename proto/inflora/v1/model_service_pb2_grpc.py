@@ -154,7 +154,8 @@ class ModelServiceServicer(object):
         - NOT_FOUND: the version has no such artifact. A retry does not help.
         - FAILED_PRECONDITION: the file holds a class that was forgotten since, or the version is retired;
         the message says which version to use instead. A retry does not help.
-        - DATA_LOSS: the file is damaged. A retry helps for `model.onnx` once the version is promoted.
+        - DATA_LOSS: the file is damaged, and cannot be made again as `model.onnx` can from the others. A
+        retry does not help. What was sent of a file that is damaged meanwhile is not to be used.
         - RESOURCE_EXHAUSTED: `model.onnx` is not kept of this version, and the disk is too full to make it
         again. A retry later may help.
         - OUT_OF_RANGE: the offset is beyond the end. A retry does not help.
