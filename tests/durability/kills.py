@@ -17,6 +17,7 @@ and these must hold:
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from inflora_client import Client, RetryPolicy
 from inflora_client.errors import InfloraClientError, TaskFailedError
@@ -65,9 +67,10 @@ TRIES = 4
 BEFORE = {"spool.recover": "spool.flushed", "spool.recovered": "spool.flushed"}
 """Failpoints that are reached only after a kill at another one."""
 
-SIDE = 24
+LARGE = 480
+"""Pixels of the side of a large image: sixteen of them have more than is flushed at a time."""
 CLASSES, EACH = 2, 8
-IMAGES = tuple(tiny.png(colour, 5000 + i, SIDE) for i, colour in enumerate(tiny.COLOURS))
+IMAGES = tuple(tiny.png(colour, 5000 + i) for i, colour in enumerate(tiny.COLOURS))
 TOLERANCE = 1e-5
 PATIENCE = 60.0
 """Seconds that a server may take to listen."""
@@ -85,14 +88,16 @@ class Step:
         kind: ``forget`` keeps the data of older versions, ``purge`` does not; ``back`` makes the
             version current that a step before made.
         back: How many steps before.
+        large: Whether the images are so large that they are flushed before the upload ends.
     """
 
     kind: Literal["teach", "forget", "purge", "back"]
     back: int = 0
+    large: bool = False
 
 
 PLAN = (
-    Step("teach"),
+    Step("teach", large=True),
     Step("teach"),
     Step("back", 2),
     Step("teach"),
@@ -118,11 +123,20 @@ def labels(number: int) -> list[str]:
 
 def examples(number: int) -> list[tuple[bytes, str]]:
     """Return the images of step ``number``."""
+    encoded = bmp if step_of(number).large else tiny.png
     return [
-        (tiny.png(label.partition(" ")[0], 100 * number + i, SIDE), label)
+        (encoded(label.partition(" ")[0], 100 * number + i), label)
         for label in labels(number)
         for i in range(EACH)
     ]
+
+
+def bmp(colour: str, number: int) -> bytes:
+    """Return an image of a class as a file that is large for what is in it."""
+    file = io.BytesIO()
+    image = Image.fromarray(tiny.pattern(colour, number))
+    image.resize((LARGE, LARGE), Image.Resampling.NEAREST).save(file, "BMP")
+    return file.getvalue()
 
 
 def take(client: Client, number: int, versions: list[int], request: str = "") -> tuple[str, int]:
