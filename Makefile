@@ -124,6 +124,11 @@ test-golden: $(READY) ## the recorded numbers of the published code
 test-kills: $(READY) ## kill -9 of server and worker again and again; half an hour, resumes (KILLS=)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability.kills $(call flag,kills,$(KILLS))
 
+.PHONY: test-rules
+test-rules: $(READY) ## made-up histories against a model; ten minutes, resumes (STEPS=, WORKER=real)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability.rules $(call flag,steps,$(STEPS)) \
+		$(call flag,worker,$(WORKER))
+
 .PHONY: check
 check: check-style check-types check-imports check-stubs check-proto check-lock ## all checks
 
