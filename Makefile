@@ -140,6 +140,11 @@ test-inputs: $(READY) ## ten thousand hostile inputs; a quarter of an hour, resu
 test-flips: $(READY) ## flip bytes of a store, one at a time; ten minutes, resumes (FLIPS=)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability.flips $(call flag,flips,$(FLIPS))
 
+.PHONY: test-rules
+test-rules: $(READY) ## made-up histories against a model; ten minutes, resumes (STEPS=, WORKER=real)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability.rules $(call flag,steps,$(STEPS)) \
+		$(call flag,worker,$(WORKER))
+
 .PHONY: check
 check: check-style check-types check-imports check-stubs check-proto check-lock ## all checks
 

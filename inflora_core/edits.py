@@ -162,7 +162,7 @@ def keys_to_forget(
         if label not in named:
             raise NotFoundError(f"there is no class {label!a}", field=f"labels[{number}]")
         keys |= named[label]
-    if current and current <= keys:
+    if current <= keys:  # also where there is no version yet, and candidates alone know it
         raise StateError(
             "no class would be left, and a version needs one: teach another one first",
             field="labels",

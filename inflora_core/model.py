@@ -42,9 +42,9 @@ class TaskState(StrEnum):
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
     HELD_BACK = "HELD_BACK"
+    """Its version is a candidate: the publish gate has something against it."""
     SET_ASIDE = "SET_ASIDE"
     """It kept ending the worker. Its examples are kept, and it can be tried again."""
-    """Its version is a candidate: the publish gate has something against it."""
 
     @property
     def ended(self) -> bool:
@@ -268,7 +268,7 @@ class Task:
     crashes: int = 0
     """How often in a row a worker ended in work on it, none having come further."""
     crashed_at: int = 0
-    """The epoch that the last of them was in; 0 before the first."""
+    """The last epoch that any of them was in; 0 before the first."""
     withheld: tuple[str, ...] = ()
     """Names of purged classes that it mentions. They are taken out when it ends, unless what it
     makes is a version: then it taught, or named, something else so."""

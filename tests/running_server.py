@@ -50,6 +50,7 @@ def running_server(
     timeout: float = 180,
     stop: bool = True,
     prefix: Sequence[str] = (),
+    module: str = "inflora_service",
 ) -> Iterator[RunningServer]:
     """Start ``python -m inflora_service`` on a free port and wait until it listens.
 
@@ -59,6 +60,7 @@ def running_server(
         timeout: Seconds until it must listen.
         stop: Whether to end it with SIGTERM and demand that it exits with 0.
         prefix: A command that executes the one that is appended to it, as ``env`` does.
+        module: What to run in place of ``inflora_service``.
 
     Raises:
         RuntimeError: it ended before it listened; the message holds its log.
@@ -66,7 +68,7 @@ def running_server(
     folder.mkdir(parents=True, exist_ok=True)
     pipe, log = folder / "ready", folder / "server.log"
     pipe.unlink(missing_ok=True)  # of a server that used the folder before
-    command = [*prefix, sys.executable, "-m", "inflora_service", "--store", str(folder / "store")]
+    command = [*prefix, sys.executable, "-m", module, "--store", str(folder / "store")]
     command += ["--port", "0", "--ready-file", str(pipe), *options]
     # Of a package that is not installed, the roots must be on the path of both processes.
     with log.open("ab") as output:

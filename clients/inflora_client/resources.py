@@ -23,8 +23,9 @@ class TaskState(StrEnum):
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
     HELD_BACK = "HELD_BACK"
-    SET_ASIDE = "SET_ASIDE"
     """Its version is stored, but as a candidate: the publish gate has something against it."""
+    SET_ASIDE = "SET_ASIDE"
+    """It kept ending the worker. Its examples are kept, and it can be tried again."""
 
 
 class HeldOutMethod(StrEnum):

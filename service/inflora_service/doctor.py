@@ -36,6 +36,7 @@ from inflora_core.model import Forget, Task, TaskKind, TaskState, Version
 from inflora_core.spool import ORIGIN, check_spool
 from inflora_core.store import MODEL, ONNX_FILE, Forgotten, Store
 from inflora_service import backbone_source, records
+from inflora_service.examples import Fate, fate
 from inflora_service.records import TaskRecords, task_content
 from inflora_service.store_lock import StoreLock
 
@@ -599,7 +600,7 @@ class _Examination:
                     "an upload broke off, and can be continued",
                     "the server removes it when its time is over",
                 )
-            elif task is None or (task.state.ended and task.state is not TaskState.SET_ASIDE):
+            elif task is None or fate(task, "never") is not Fate.STAY:
                 yield self._unsettled(
                     f"spool/{folder.name}",
                     "its task has ended" if task else "no task has these examples",
@@ -607,8 +608,7 @@ class _Examination:
                     _removing(folder),
                 )
         for task in tasks.values():
-            waiting = not task.state.ended or task.state is TaskState.SET_ASIDE
-            if task.kind is TaskKind.LEARN and waiting:
+            if task.kind is TaskKind.LEARN and fate(task, "never") is Fate.STAY:
                 yield from self._spool(task, spools / task.id)
 
     def _anybodys_spools(self, spools: Path) -> Iterator[Finding]:

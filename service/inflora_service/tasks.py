@@ -190,7 +190,7 @@ class TaskQueue:
                 self._queue.append(live)
             self._live[task.id] = live
         await asyncio.to_thread(self._examples.open)
-        await asyncio.to_thread(self._adopt)
+        await asyncio.to_thread(self._uploads.adopt, await self._known())
         await self.sweep()
         if self._live:
             log.info("taking up %d tasks that have not ended", len(self._live))
@@ -200,20 +200,13 @@ class TaskQueue:
             asyncio.create_task(self._sweep_on(), name="task-sweep"),
         ]
 
-    def _adopt(self) -> None:
-        """Take up uploads that broke off; what a task left behind when it ended is none."""
-        spools = self._examples.spooled()
-        self._uploads.adopt([name for name in spools if name in self._live or self._has(name)])
+    async def _known(self) -> set[str]:
+        """Return the tasks that there ever were: their spools are no uploads that broke off.
 
-    def _has(self, task: str) -> bool:
-        """Whether there is a record of a task, damaged or not."""
-        try:
-            self._records.get(task)
-        except NotFoundError:
-            return False
-        except InfloraError as error:
-            log.warning("the record of task %s: %s", task, error)
-        return True
+        One that was set aside waits for its examples longer than any upload is kept.
+        """
+        states = await asyncio.to_thread(self._records.states)
+        return {task for task, _ in states} | self._audit.lost_tasks
 
     async def stop(self) -> None:
         """Stop learning; what is not published by now is taken up at the next start.
@@ -482,7 +475,7 @@ class TaskQueue:
             ended = await self._record(task)
             if ended.task.state is TaskState.SET_ASIDE:
                 live = self._live[task] = _Live(ended.task, cancelling=True, cancelled_by=who)
-                await self._end(live, TaskState.CANCELLED)
+                await self._end(live, TaskState.CANCELLED, failure=None)
                 return live.snapshot
         if ended.task.state is not TaskState.CANCELLED:
             raise StateError(f"task {task} is {ended.task.state} already", field="name")
@@ -493,7 +486,8 @@ class TaskQueue:
 
         Raises:
             NotFoundError: there is no such task.
-            StateError: it was not set aside, or its examples went with a class that was purged.
+            StateError: it was not set aside, or lost its examples or its names with a class that
+                was purged.
             LimitExceededError: the queue or the disk is full.
         """
         return await unbroken(self._retry(task, who))
@@ -507,6 +501,8 @@ class TaskQueue:
                 raise StateError(
                     f"a class of task {task} was purged, and its examples with it", field="name"
                 )
+            if not found.content_sha256:
+                raise StateError(f"task {task} names a class that was purged since", field="name")
             await self._check_room()
             live = _Live(
                 replace(
@@ -627,7 +623,10 @@ class TaskQueue:
     async def _count_crash(self, live: _Live) -> None:
         epoch = live.progress.epoch if live.progress else 0
         further = epoch > live.task.crashed_at
-        task = replace(live.task, crashes=1 if further else live.task.crashes + 1, crashed_at=epoch)
+        # Of all, not of the last one: workers that die early and late in turn come no further.
+        furthest = max(epoch, live.task.crashed_at)
+        crashes = 1 if further else live.task.crashes + 1
+        task = replace(live.task, crashes=crashes, crashed_at=furthest)
         await self._write(Snapshot(task, live.progress))
         live.task = task
 
@@ -713,6 +712,7 @@ class TaskQueue:
                     other.task = other.task.withholding(names)
                 await asyncio.to_thread(self._records.redact, names, live.task.id)
                 live.task = live.task.without_classes(names)
+                await self.sweep()  # examples of the class that a task which was set aside has
                 await self._host.purge(number)
                 return version
             except (OSError, LimitExceededError, UnavailableError) as error:

@@ -144,6 +144,8 @@ def test_a_class_that_only_other_versions_know_is_forgotten_with_it() -> None:
     assert keys_to_forget(renamed, ["cat"], [current, other]) == {"then.0"}
     with pytest.raises(NotFoundError):
         keys_to_forget(renamed, ["cat"], [current])
+    with pytest.raises(StateError):
+        keys_to_forget((), ["cow"], [other])
     edited = apply(model_of(renamed), Forget(("cow", "feline")), [current, other])
     assert edited.forgets == ("now.0", "then.1")
     assert [entry.label for entry in edited.model.classes] == ["dog"]

@@ -144,6 +144,7 @@ class Script:
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
             while line := await reader.readline():
                 await self._on_question(json.loads(line), writer)
+        self._waiting.clear()  # there is one worker at a time, and this one is gone
 
     async def _on_question(self, question: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         point = question["at"]

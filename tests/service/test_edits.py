@@ -528,6 +528,24 @@ async def test_what_waited_does_not_keep_a_purged_name(running: Running, script:
     assert again.classes[0].label == SECRET
 
 
+async def test_an_edit_that_lost_its_names_is_not_tried_again(
+    running: Running, script: Script
+) -> None:
+    """It would give a class the name that stands in place of purged ones."""
+    script.hold("EXPORTING")
+    await update(running, "blue", add_aliases=["azure"])
+    await script.reached("EXPORTING")
+    # What is ahead could free the name, so that it is not refused at once.
+    edit = await update(running, "red", add_aliases=["green"])
+    for _ in range(running.settings.limits.task_attempts):
+        script.then("EXPORTING", do="exit", status=3)
+    script.release("EXPORTING")
+    assert (await running.ended(edit.name)).state == pb.TASK_STATE_SET_ASIDE
+    await published(running, await forget(running, "green", purge=True))
+    with fails(*STATE, field="name"):
+        await running.learner.RetryTask(learner_pb.RetryTaskRequest(name=edit.name))
+
+
 async def test_a_version_that_is_purged_while_it_loads_is_said_to_be(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

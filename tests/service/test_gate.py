@@ -167,6 +167,19 @@ async def test_classes_that_only_a_candidate_knows_can_be_forgotten(running: Run
     assert (await get(running, "current")).name == name_of(3)
 
 
+async def test_what_only_a_candidate_knows_stays_as_long_as_there_is_nothing_else(
+    running: Running,
+) -> None:
+    """A version without a class cannot be, and it is better said at once."""
+    await teach(running, black=BLACK)
+    forget = learner_pb.ForgetClassesRequest(labels=["black"], purge=True)
+    with fails("FAILED_PRECONDITION", "WRONG_STATE", field="labels"):
+        await running.learner.ForgetClasses(forget)
+    await teach(running, red=RED)
+    ended = await running.ended((await running.learner.ForgetClasses(forget)).task.name)
+    assert ended.state == pb.TASK_STATE_PUBLISHED
+
+
 async def test_a_check_can_be_switched_off(start: Callable[..., Any]) -> None:
     running = await start(gate=Gate(interference=None, canary=None))
     task = await teach(running, black=BLACK)

@@ -55,7 +55,7 @@ async def set_aside(running: Running, script: Script) -> pb.Task:
     script.then("DECODING", do="exit", status=4)
     for _ in range(3):
         script.then("TRAINING", do="exit", status=3)
-    task = await running.learn({"green": [png(GREEN)]})
+    task = await running.learn({"green": [png(GREEN)]}, request_id="green")
     ended: pb.Task = await running.ended(task.name)
     assert len(script.pids) in (4, 5)
     return ended
@@ -95,7 +95,32 @@ async def test_a_task_that_was_set_aside_can_be_given_up(
     for _ in range(2):
         cancelled = (await running.learner.CancelTask(request)).task
         assert cancelled.state == pb.TASK_STATE_CANCELLED
+        assert not cancelled.HasField("error")
     assert not list((running.settings.store / "spool").iterdir())
+
+
+async def test_its_examples_are_no_upload_that_broke_off(
+    running: Running, set_aside: pb.Task, start: Callable[..., Any]
+) -> None:
+    """Those go after a while, or when the request comes again; it waits as long as it takes."""
+    await running.server.stop()
+    limits = running.settings.limits.model_copy(update={"upload_seconds": 0.0})
+    running = await start(limits=limits)
+    again = await running.learn({"green": [png(GREEN)]}, request_id="green")
+    assert (again.name, again.state) == (set_aside.name, pb.TASK_STATE_SET_ASIDE)
+    retry = learner_pb.RetryTaskRequest(name=set_aside.name)
+    await running.learner.RetryTask(retry)
+    assert (await running.ended(set_aside.name)).state == pb.TASK_STATE_PUBLISHED
+
+
+async def test_workers_that_die_early_and_late_in_turn_come_no_further(
+    running: Running, script: Script
+) -> None:
+    for answer in ({"do": "exit", "status": 3}, {"do": "go"}, {"do": "exit", "status": 3}):
+        script.then("TRAINING", **answer)
+    script.then("EXPORTING", do="exit", status=3)
+    ended = await running.ended((await running.learn({"green": [png(GREEN)]})).name)
+    assert ended.state == pb.TASK_STATE_SET_ASIDE
 
 
 async def test_what_is_purged_meanwhile_is_not_tried_again(
@@ -105,8 +130,8 @@ async def test_what_is_purged_meanwhile_is_not_tried_again(
         await running.ended((await running.learn({label: [png(GREEN)]})).name)
     purge = learner_pb.ForgetClassesRequest(labels=["green"], purge=True)
     await running.ended((await running.learner.ForgetClasses(purge)).task.name)
-    await running.server.tasks.sweep()
     assert not list((running.settings.store / "spool").iterdir())
+    assert examine(running.settings.store, read_only=True).sound
     with fails("FAILED_PRECONDITION", "WRONG_STATE", field="name"):
         await running.learner.RetryTask(learner_pb.RetryTaskRequest(name=set_aside.name))
 
