@@ -199,7 +199,10 @@ def test_random_damage(template: Path, data: st.DataObject) -> None:
                 for other in damaged
             )
             lost_list = FORGOTTEN in damaged  # which says what a version needs
-            if not behind and not (lost_list and name.endswith(ONNX_FILE)):
+            # Which versions are pinned or retired, only the log says besides the mark itself. Of a
+            # retired one, the files that it lacks are named then.
+            mark = audit.FILE in damaged and Path(name).name in ("PINNED", "RETIRED")
+            if not behind and not mark and not (lost_list and name.endswith(ONNX_FILE)):
                 assert is_harmless(root, name, before[name]), (name, found)
 
         repaired = examine(root, repair=True)
