@@ -76,8 +76,9 @@ PATIENCE = 60.0
 """Seconds that a server may take to listen."""
 PAUSE = 0.05
 """Seconds between two predictions of a client."""
-LIVES = 8.0
-"""How long a server lives at most, in times that it took to start. Its worker takes about three."""
+LIVES = 2.0
+"""How long a server lives at most before a random kill, in times that the first one took to start:
+it had to wait for its worker, which made the backbone."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class State:
         versions: What was current after each step.
         calls: Predictions that were answered.
         violations: What must not have happened.
+        start_seconds: How long the first server took to start.
     """
 
     kills: int = 0
@@ -190,6 +192,7 @@ class State:
     versions: list[int] = field(default_factory=list)
     calls: int = 0
     violations: list[str] = field(default_factory=list)
+    start_seconds: float = 0.0
 
     @classmethod
     def load(cls, path: Path) -> State:
@@ -337,10 +340,9 @@ class Run:
 
     def kill_at_random(self) -> None:
         """Serve for a while, kill the server, and often its worker before that."""
-        began = time.monotonic()
+        longest = LIVES * self.state.start_seconds
         with ExitStack() as stack:
             server = stack.enter_context(self.starting("--keep-examples", "always"))
-            longest = LIVES * (time.monotonic() - began)
             self.up.set()
             if self.random.random() < 0.5:
                 self.live(self.random.uniform(0, longest))
@@ -566,8 +568,9 @@ def run(out: Path, kills: int, seed: int = 0) -> dict[str, int]:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "reference" / "store").exists():
         backbone = ["--backbone", str(tiny.write_backbone(folder))]
+        began = time.monotonic()
         with running_server(folder / "server", backbone):
-            pass
+            State(start_seconds=time.monotonic() - began).save(folder / "state.json")
         begun = folder / "server" / "store"
         shutil.copyfile(begun / "models/default/forgotten.json", folder / "forgotten.json")
         shutil.copytree(begun, folder / "reference" / "store")
