@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from inflora_core.config import Retention
@@ -22,19 +22,25 @@ class Outdated:
     onnx_files: tuple[int, ...]
 
 
-def outdated(versions: Iterable[Version], current: int, retention: Retention) -> Outdated:
-    """Return what need not be kept; the current version and pinned ones are always kept.
+def outdated(
+    versions: Iterable[Version], wanted: Collection[int], retention: Retention
+) -> Outdated:
+    """Return what need not be kept.
+
+    Candidates do not count: a few of them would push out all versions that can answer.
 
     Args:
         versions: All that can be read.
-        current: Number of the current one.
+        wanted: Numbers of those that are kept however old they are, beside pinned ones.
         retention: How many of the newest are kept besides.
     """
     usable = sorted((v for v in versions if not v.state.stripped), key=lambda v: v.number)
+    counted = [v.number for v in usable if not v.candidate]
 
     def beyond(newest: int) -> tuple[int, ...]:
-        older = usable[:-newest] if newest else []
-        return tuple(v.number for v in older if v.number != current and not v.pinned)
+        oldest = counted[-newest] if 0 < newest <= len(counted) else 0
+        older = (v for v in usable if v.number < oldest)
+        return tuple(v.number for v in older if v.number not in wanted and not v.pinned)
 
     retired = beyond(retention.versions)
     without = (number for number in beyond(retention.onnx_files) if number not in retired)

@@ -440,8 +440,13 @@ class Store:
         return int(match[1])
 
     def set_current(self, number: int) -> None:
-        """Make version ``number`` current. The caller has verified it."""
-        self.version(number)
+        """Make version ``number`` current. The caller has verified it.
+
+        Raises:
+            StateError: its data are deleted.
+        """
+        if (version := self.version(number)).state.stripped:
+            self._refuse_stripped(version)
         failpoints.reach("pointer.replace")
         durable.replace(self._model / "CURRENT", _pointer(number))
         failpoints.reach("pointer.replaced")
@@ -572,12 +577,7 @@ class Store:
             DamagedError: what it is made from is damaged, or the result is another file.
         """
         with self._rewriting:
-            entry = self.version(number).file(ONNX_FILE)
-            content = self.make_onnx(number)
-            if entry != _entry(ONNX_FILE, content):
-                raise DamagedError(
-                    f"{ONNX_FILE} of version {number} is damaged, and cannot be rebuilt"
-                )
+            content = self._made_onnx(self.version(number))
             durable.replace(self._folder(number) / ONNX_FILE, content)
             return content
 
@@ -614,9 +614,12 @@ class Store:
 
         Raises:
             NotFoundError: there is no such version.
+            StateError: it is the current one.
             DamagedError: its manifest cannot be read, so nothing says what it is.
         """
         self._manifest(number)
+        if number == self.current():
+            raise StateError(f"version {number} is current, and stays", field="name")
         folder = self._folder(number)
         failpoints.reach("retire.mark")
         durable.replace(folder / _RETIREMENT, b"")
@@ -629,11 +632,48 @@ class Store:
         failpoints.reach("retire.deleted")
 
     def drop_onnx(self, number: int) -> None:
-        """Delete ``model.onnx`` of version ``number``, which ``rebuild_onnx`` makes again."""
+        """Delete ``model.onnx`` of version ``number``, which ``rebuild_onnx`` makes again.
+
+        Raises:
+            DamagedError: it could not: something that it is made from is damaged. It stays, as the
+                last thing that the version can answer with.
+        """
+        version = self.version(number)
+        if version.state is VersionState.WHOLE:
+            self._made_onnx(version)
         with self._rewriting:
             failpoints.reach("onnx.delete")
             (self._folder(number) / ONNX_FILE).unlink(missing_ok=True)
             failpoints.reach("onnx.deleted")
+
+    def onnx(self, number: int) -> bytes:
+        """Return ``model.onnx`` of version ``number``, from the disk or made again; checked.
+
+        Raises:
+            NotFoundError: there is no such version.
+            StateError: it can answer nothing any more, or not with that file.
+            DamagedError: it is damaged, or what it is made from.
+        """
+        path, version = self.path(number, ONNX_FILE), self.version(number)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return self._made_onnx(version)
+        if _entry(ONNX_FILE, content) != version.file(ONNX_FILE):
+            raise DamagedError(f"{path} does not have the checksum in its manifest")
+        return content
+
+    def _made_onnx(self, version: Version) -> bytes:
+        content = self.make_onnx(version.number)
+        if _entry(ONNX_FILE, content) != version.file(ONNX_FILE):
+            raise DamagedError(
+                f"{ONNX_FILE} of version {version.number} is damaged, and cannot be rebuilt"
+            )
+        return content
+
+    def is_stripped(self, number: int) -> bool:
+        """Whether data that only version ``number`` itself needs are gone."""
+        return any(not (self._folder(number) / name).exists() for name in (_HEAD, _MEMORY))
 
     def has_onnx(self, number: int) -> bool:
         """Whether ``model.onnx`` of version ``number`` is there."""

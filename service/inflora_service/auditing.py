@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator
 
-from inflora_core.audit import SERVER, UNKNOWN, AuditLog, Entry, Event
+from inflora_core.audit import MOVES, SERVER, UNKNOWN, AuditLog, Entry, Event
 from inflora_core.errors import DamagedError, InfloraError, NotFoundError
 from inflora_core.model import Task, TaskKind, TaskState, Version
 from inflora_core.store import Store
@@ -49,8 +49,9 @@ class AuditTrail:
         self._store = store
         self._records = records
         self.history = audit.reading.history
-        self.was_current = set(self.history.current)
-        """Versions that were current at some time."""
+        self.was_current = list(self.history.current)
+        """Versions that were current at some time, in that order."""
+        self._retired = set(self.history.retired)
         self._forgotten = set(self.history.forgotten)
         self._purged = set(self.history.purged)
         # What the disk did not take at the start: it comes before anything else.
@@ -66,6 +67,11 @@ class AuditTrail:
         when it does.
         """
         missing = await asyncio.to_thread(self._missing)
+        for entry in missing:
+            if entry.event in MOVES and entry.version_to is not None:
+                self.was_current.append(entry.version_to)
+            elif entry.event == Event.RETIRED and entry.version_to is not None:
+                self._retired.add(entry.version_to)
         self._backlog = [*missing, Entry(Event.STARTED, SERVER)]
         try:
             await self._append()
@@ -102,7 +108,7 @@ class AuditTrail:
             who: Who asked for it.
         """
         await self._write(await asyncio.to_thread(self._move, before, version.number, who))
-        self.was_current.add(version.number)
+        self.was_current.append(version.number)
 
     async def pinned(self, number: int, who: str) -> None:
         """Report that a version is pinned."""
@@ -113,8 +119,10 @@ class AuditTrail:
         await self._write(Entry(Event.UNPINNED, who, version_to=number))
 
     async def retired(self, number: int) -> None:
-        """Report that the data of a version are deleted."""
-        await self._write(Entry(Event.RETIRED, SERVER, version_to=number))
+        """Report that the data of a version are deleted, once."""
+        if number not in self._retired:
+            await self._write(Entry(Event.RETIRED, SERVER, version_to=number))
+            self._retired.add(number)
 
     async def forgotten(self, version: Version) -> None:
         """Report that what a version forgets is forgotten."""

@@ -367,7 +367,13 @@ class _Examination:
         pinned, retired = self._store.marked()
         gone = self._history.retired | retired
         for number in sorted(self._history.retired - retired):
-            if number in self._manifests:
+            if number in self._manifests and not self._store.is_stripped(number):
+                yield _note(
+                    self._folder(number),
+                    "it was retired, by the audit log, and is whole: restored from a backup?",
+                    "nothing needs to be done: it can be used",
+                )
+            elif number in self._manifests:
                 yield _damage(
                     self._folder(number),
                     "it was retired, by the audit log, and nothing in it says so",
@@ -515,6 +521,8 @@ class _Examination:
             fault = "it is lost, and with it which version is current"
         elif current is not None and current not in self._numbers:
             fault = f"there is no version {current}"
+        elif current is not None and self._is_stripped(current):
+            fault = f"the data of version {current} are deleted"
         if fault:
             chosen = self._newest_sound()
             yield _damage(
@@ -530,6 +538,12 @@ class _Examination:
                 "killed in between, or it was changed",
                 "see which one is right, and promote that",
             )
+
+    def _is_stripped(self, number: int) -> bool:
+        try:
+            return self._store.version(number).state.stripped
+        except DamagedError:
+            return False  # which is reported elsewhere
 
     def _newest_sound(self) -> int | None:
         """Return the version that was current last, of those that can still be."""

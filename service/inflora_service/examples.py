@@ -88,22 +88,31 @@ class Examples:
             return []
         return sorted(folder.name for folder in self._kept.iterdir())
 
-    def settle(self, task: Task) -> None:
-        """Do with a task's spool what is to be done in its state; again, it does no harm."""
-        try:
-            match fate(task, self._keep):
-                case Fate.GO:
-                    self.remove(task.id)
-                case Fate.KEEP:
-                    if (self.spools / task.id).exists():
-                        failpoints.reach("examples.move")
-                        durable.move(self.spools / task.id, self._kept / task.id)
-                        failpoints.reach("examples.moved")
-        except OSError as error:
-            log.warning("the examples of task %s cannot be kept yet: %s", task.id, error)
+    def settle(self, task: Task, *, insist: bool = False) -> None:
+        """Do with a task's spool what is to be done in its state; again, it does no harm.
 
-    def remove(self, spool: str) -> None:
-        """Delete a spool; what cannot be deleted now stays until it is asked for again."""
+        Args:
+            task: The task.
+            insist: Raise the ``OSError`` where it cannot be deleted now.
+        """
+        decided = fate(task, self._keep)
+        if decided is Fate.GO:
+            self.remove(task.id, insist=insist)
+        elif decided is Fate.KEEP and (self.spools / task.id).exists():
+            try:
+                failpoints.reach("examples.move")
+                durable.move(self.spools / task.id, self._kept / task.id)
+                failpoints.reach("examples.moved")
+            except OSError as error:
+                log.warning("the examples of task %s cannot be kept yet: %s", task.id, error)
+
+    def remove(self, spool: str, *, insist: bool = False) -> None:
+        """Delete a spool; what cannot be deleted now stays until it is asked for again.
+
+        Args:
+            spool: Its name.
+            insist: Raise the ``OSError`` where it cannot be deleted now.
+        """
         try:
             failpoints.reach("spool.delete")
             shutil.rmtree(self.spools / spool)
@@ -111,6 +120,8 @@ class Examples:
         except FileNotFoundError:
             pass
         except OSError as error:
+            if insist:
+                raise
             log.warning("the spool %s stays for now: %s", spool, error)
 
     def release(self, wanted: Callable[[str], bool]) -> None:

@@ -87,12 +87,17 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             artifact=codec.encode_artifact(entry), version=names.version_name(version.number)
         )
         rebuild = partial(self._store.rebuild_onnx, version.number) if name == ONNX_FILE else None
-        async with aclosing(read_artifact(path, entry, position, rebuild)) as chunks:
-            async for chunk in chunks:
-                response.data, response.offset = chunk, position
-                yield response
-                position += len(chunk)
-                response = pb.DownloadArtifactResponse()
+        try:
+            async with aclosing(read_artifact(path, entry, position, rebuild)) as chunks:
+                async for chunk in chunks:
+                    response.data, response.offset = chunk, position
+                    yield response
+                    position += len(chunk)
+                    response = pb.DownloadArtifactResponse()
+        except DamagedError:
+            # It is not damaged if it was deleted meanwhile, with a class or because it is old.
+            await asyncio.to_thread(self._store.path, version.number, name)
+            raise
 
     def _newest(self, page: names.Page) -> list[tuple[int, Version]]:
         return list(islice(self._readable(page.before), page.size + 1))

@@ -312,7 +312,9 @@ class Server:
 def _mark_again(store: Store, history: History) -> None:
     """Pin and retire versions whose marks are lost, and finish retirements."""
     known, (pinned, retired) = set(store.numbers()), store.marked()
-    unfinished = {*store.half_retired(), *(history.retired - retired)}
+    # One that is whole was restored from a backup, and stays.
+    lost = {number for number in (history.retired - retired) & known if store.is_stripped(number)}
+    unfinished = {*store.half_retired(), *lost}
     for mark, numbers in (
         (store.pin, history.pinned - history.retired - pinned),
         (store.retire, unfinished),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ from inflora_core.gate import why_held_back
 from inflora_core.images import decode
 from inflora_core.model import Version, VersionState
 from inflora_core.predictor import Floats, Predictor, RuntimeOptions, processors, top_classes
-from inflora_core.retention import outdated
+from inflora_core.retention import Outdated, outdated
 from inflora_core.store import ONNX_FILE, Store
 from inflora_service.aio import map_threads, unbroken
 from inflora_service.auditing import AuditTrail
@@ -104,6 +105,7 @@ class ModelHost:
         self._sound = asyncio.Event()
         self._pinned: OrderedDict[int, Loaded] = OrderedDict()
         self._loading: dict[int, tuple[int, asyncio.Task[Loaded]]] = {}
+        self._gone: set[int] = set()
         self._generation = 0
         self._settled = asyncio.Event()
         self._settled.set()
@@ -261,8 +263,10 @@ class ModelHost:
     async def retain(self, retention: Retention) -> None:
         """Delete of old versions what need not be kept; never of the current and of pinned ones.
 
+        What cannot be deleted now, the next call deletes.
+
         Raises:
-            OSError, InfloraError: not all could be deleted: the next call does it.
+            OSError, InfloraError: the versions cannot be looked at.
         """
         await unbroken(self._retain(retention))
 
@@ -294,6 +298,8 @@ class ModelHost:
     async def _pin(self, number: int, who: str) -> Version:
         async with self._swap:
             known = await asyncio.to_thread(self._store.version, number)
+            # Kept is what can answer, whatever becomes of its ancestors.
+            await asyncio.to_thread(self._make_whole, number)
             version = await asyncio.to_thread(self._store.pin, number)
             if not known.pinned:
                 await self._audit.pinned(number, who)
@@ -309,18 +315,33 @@ class ModelHost:
         async with self._swap:
             if self._fault is not None or self._current is None:
                 return  # which ones will be needed, nobody knows
-            versions = await asyncio.to_thread(self._readable)
-            old = outdated(versions, self._current.version.number, retention)
-            for number in old.versions:
-                await asyncio.to_thread(self._store.retire, number)
+            current = self._current.version.number
+            old = await asyncio.to_thread(self._outdated, current, retention)
+            for number in (*await asyncio.to_thread(self._store.half_retired), *old.versions):
+                # First: it answers no more, also if it is being loaded.
+                self._gone.add(number)
                 self._pinned.pop(number, None)
-                await self._audit.retired(number)
-                log.info("version %d is retired", number)
+                with _put_off(f"version {number} cannot be retired yet"):
+                    await asyncio.to_thread(self._store.retire, number)
+                    await self._audit.retired(number)
+                    log.info("version %d is retired", number)
             for number in filter(self._store.has_onnx, old.onnx_files):
-                await asyncio.to_thread(self._store.drop_onnx, number)
+                with _put_off(f"{ONNX_FILE} of version {number} stays"):
+                    await asyncio.to_thread(self._store.drop_onnx, number)
 
-    def _readable(self) -> list[Version]:
-        return [self._store.version(version.number) for version in self._store.manifests()]
+    def _outdated(self, current: int, retention: Retention) -> Outdated:
+        """Return what need not be kept beside the current version and the ways back from it.
+
+        These are the one that was current before, and the one that stands in should the current
+        one be damaged.
+        """
+        versions = [self._store.version(version.number) for version in self._store.manifests()]
+        sound = {version.number for version in versions if _may_stand_in(version)}
+        before = [number for number in self._audit.was_current if number != current]
+        wanted = {current, *before[-1:]}
+        ancestors = self._store.ancestors(current, self._audit.history.parents)
+        wanted.update([number for number in ancestors if number in sound][:1])
+        return outdated(versions, wanted, retention)
 
     async def _purge(self, number: int) -> None:
         async with self._swap:
@@ -338,10 +359,9 @@ class ModelHost:
 
     async def _swap_to(self, number: int, who: str) -> Version:
         loaded = await self._get(number)
-        whole = loaded.version.state is VersionState.WHOLE
-        if whole and not self._store.has_onnx(number):
-            # Loaded long ago, its file may have been let go since; the next start should find it.
-            await asyncio.to_thread(self._onnx, number)
+        # Loaded long ago, its files may have been damaged or let go since, and the next start needs
+        # them.
+        await asyncio.to_thread(self._make_whole, number)
         if loaded.version.forgets:
             # First, so that whatever happens none of them is back after the new version was seen.
             await asyncio.to_thread(self._store.forget, loaded.version.forgets)
@@ -469,7 +489,7 @@ class ModelHost:
                 if generation == self._generation:
                     raise
                 continue
-            if self.is_fresh(loaded):
+            if self.is_fresh(loaded) and number not in self._gone:
                 self._keep(loaded)
                 return loaded
 
@@ -487,24 +507,21 @@ class ModelHost:
         generation = self._generation
         version = self._verified(number)
         whole = version.state is VersionState.WHOLE
-        model = self._onnx(number) if whole else self._store.make_onnx(number)
+        # From memory where it is not kept: whoever predicts does not fill the disk.
+        model = self._store.onnx(number) if whole else self._store.make_onnx(number)
         predictor = Predictor.load(model, self._options)
         predictor.warm_up()
         return Loaded(version, predictor, generation)
 
-    def _onnx(self, number: int) -> bytes:
-        """Return ``model.onnx`` of a version, made again if it is not kept."""
-        try:
-            # Read at once: it may be let go at any moment.
-            return self._store.path(number, ONNX_FILE).read_bytes()
-        except FileNotFoundError:
-            pass
-        try:
-            return self._store.rebuild_onnx(number)
-        except OSError as error:
-            # On a full disk it can still answer.
-            log.warning("%s of version %d is not written: %s", ONNX_FILE, number, error)
-            return self._store.make_onnx(number)
+    def _make_whole(self, number: int) -> None:
+        """See that all files of a version are there and sound, ``model.onnx`` among them.
+
+        Raises:
+            NotFoundError, StateError, DamagedError: as ``Store.verify``.
+        """
+        version = self._verified(number)
+        if version.state is VersionState.WHOLE and not self._store.has_onnx(number):
+            self._store.rebuild_onnx(number)
 
     def _verified(self, number: int) -> Version:
         """Return a version's manifest once all its files are sound.
@@ -523,6 +540,15 @@ class ModelHost:
                 log.warning("version %d cannot be rebuilt: %s", number, cause)
                 raise error from cause
         return self._store.verify(number)
+
+
+@contextmanager
+def _put_off(what: str) -> Iterator[None]:
+    """Log what cannot be done now: the next call does it."""
+    try:
+        yield
+    except (OSError, InfloraError) as error:
+        log.warning("%s: %s", what, error)
 
 
 def _may_stand_in(version: Version) -> bool:

@@ -191,7 +191,10 @@ class TaskQueue:
             self._live[task.id] = live
         await asyncio.to_thread(self._examples.open)
         await asyncio.to_thread(self._uploads.adopt, await self._known())
-        await self.sweep()
+        try:
+            await self.sweep()
+        except OSError as error:
+            log.warning("cannot tidy up now, trying on: %s", error)
         if self._live:
             log.info("taking up %d tasks that have not ended", len(self._live))
             self._arrival.set()
@@ -222,15 +225,18 @@ class TaskQueue:
             with contextlib.suppress(asyncio.CancelledError):
                 await running
 
-    async def sweep(self) -> None:
+    async def sweep(self, *, insist: bool = False) -> None:
         """Remove uploads that nobody continued in time, and what could not be removed before.
 
         With the spools of uploads that broke off with the last process and cannot be continued.
+
+        Args:
+            insist: Raise the ``OSError`` where a spool that has to go cannot be deleted.
         """
         await self._uploads.expire()
         for name in await asyncio.to_thread(self._examples.spooled):
             if name not in self._live and not self._uploads.hold(name):
-                await asyncio.to_thread(self._settle, name)
+                await asyncio.to_thread(self._settle, name, insist)
         await asyncio.to_thread(self._examples.release, self._awaits_promotion)
 
     async def _sweep_on(self) -> None:
@@ -240,10 +246,12 @@ class TaskQueue:
                 await self.sweep()
             except OSError as error:
                 log.warning("cannot tidy up now, trying on: %s", error)
+            if not self._live:
+                await self._retain()  # of model.onnx that downloads brought back
 
-    def _settle(self, spool: str) -> None:
+    def _settle(self, spool: str, insist: bool) -> None:
         try:
-            self._examples.settle(self._records.get(spool).task)
+            self._examples.settle(self._records.get(spool).task, insist=insist)
         except NotFoundError:
             # Of an upload that became no task. Of one whose record is lost, they are all there is.
             if spool not in self._audit.lost_tasks:
@@ -256,7 +264,7 @@ class TaskQueue:
         try:
             number = self._records.get(task).task.version
             if number is None:
-                return False
+                return True  # kept by another setting, of a task that made none
             return (
                 number not in self._audit.was_current
                 and not self._store.version(number).state.stripped
@@ -544,8 +552,9 @@ class TaskQueue:
         """Let old versions go, while none is being made: that needs the one it is made from."""
         try:
             await self._host.retain(self._retention)
-        except (OSError, InfloraError) as error:
-            log.warning("old versions stay for now: %s", error)
+        except Exception:
+            # Whatever it is, the queue goes on, and a version that is current is published.
+            log.exception("old versions stay for now")
 
     async def _head(self) -> _Live:
         """Return the next task, off the queue, once there is a worker that can begin with it.
@@ -712,7 +721,8 @@ class TaskQueue:
                     other.task = other.task.withholding(names)
                 await asyncio.to_thread(self._records.redact, names, live.task.id)
                 live.task = live.task.without_classes(names)
-                await self.sweep()  # examples of the class that a task which was set aside has
+                # Examples of the class that a task which was set aside has.
+                await self.sweep(insist=True)
                 await self._host.purge(number)
                 return version
             except (OSError, LimitExceededError, UnavailableError) as error:

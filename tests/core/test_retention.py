@@ -9,15 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inflora_core.config import Retention
-from inflora_core.model import Version, VersionState
+from inflora_core.model import GateCheck, HeldOut, TaskReport, Version, VersionState
 from inflora_core.retention import outdated
 
+CANDIDATE = TaskReport(
+    *((), 0.9, 1.0, None, None, {}, HeldOut.NONE, 1.0, None, 0, 0, (), {}, {}, "cpu"),
+    checks=(GateCheck("leak", 1.0, 0.0, False, ""),),
+)
 BLANK = Version(0, None, "", "", (), (), datetime(2026, 1, 1, tzinfo=UTC), None)
 
 versions = st.lists(
     st.builds(
-        lambda state, pinned: replace(BLANK, state=state, pinned=pinned),
+        lambda state, pinned, candidate: replace(
+            BLANK, state=state, pinned=pinned, report=CANDIDATE if candidate else None
+        ),
         st.sampled_from(VersionState),
+        st.booleans(),
         st.booleans(),
     ),
     min_size=1,
@@ -29,23 +36,24 @@ versions = st.lists(
 def test_what_is_let_go(
     versions: list[Version], data: st.DataObject, newest: int, onnx_files: int
 ) -> None:
-    current = data.draw(st.sampled_from(versions)).number
+    wanted = data.draw(st.sets(st.sampled_from([version.number for version in versions])))
     retention = Retention(versions=newest, onnx_files=onnx_files)
-    found = outdated(data.draw(st.permutations(versions)), current, retention)
+    found = outdated(data.draw(st.permutations(versions)), wanted, retention)
     usable = [version for version in versions if not version.state.stripped]
-    kept = [version.number for version in usable if version.number not in found.versions]
+    counted = [version.number for version in usable if not version.candidate]
 
     assert set(found.versions).isdisjoint(found.onnx_files)
     for version in usable:
         gone = version.number in (*found.versions, *found.onnx_files)
-        assert not gone or not (version.pinned or version.number == current)
+        assert not gone or not (version.pinned or version.number in wanted)
     if not newest:
         assert found.versions == ()
     else:
-        assert kept[-newest:] == [version.number for version in usable][-newest:]
-        assert len([n for n in kept if n != current and not versions[n - 1].pinned]) <= newest
+        assert set(counted[-newest:]).isdisjoint(found.versions)
+        free = [n for n in counted if n not in wanted and not versions[n - 1].pinned]
+        assert len(set(free) - set(found.versions)) <= newest
     if not onnx_files:
         assert found.onnx_files == ()
     # It is settled: once they are gone, nothing more is.
     after = [v for v in versions if v.number not in found.versions]
-    assert outdated(after, current, retention).versions == ()
+    assert outdated(after, wanted, retention).versions == ()
