@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -234,5 +235,22 @@ def _some(images: Array, count: int, generator: np.random.Generator) -> Array:
     return np.array(images[generator.permutation(len(images))[:count]])
 
 
+ENOUGH = 19 / 20
+"""Share of each kind of task that has to be judged right: of the bad ones that are meant to be held
+back, and of honest ones."""
+
+
+def passes(figures: dict[str, Any]) -> bool:
+    """Whether the gate does what it is there for."""
+    for name, group in figures["groups"].items():
+        kind = name.partition(",")[0]
+        right = group["held_back"] if kind in ("shuffled", "noise") else group["named"]
+        if kind == "honest":
+            right = group["tasks"] - group["held_back"]
+        if right < ENOUGH * group["tasks"]:
+            return False
+    return True
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(not passes(main()))
