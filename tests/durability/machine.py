@@ -57,9 +57,18 @@ ALIASES = st.lists(LABELS, max_size=2, unique=True).map(tuple)
 UPDATE = st.builds(Update, LABELS, st.none() | LABELS, ALIASES, ALIASES).filter(
     lambda change: change.new_label is not None or change.add or change.remove
 )
-TASKS = st.runner().flatmap(lambda machine: st.sampled_from(range(len(machine.expected.tasks))))
+TASKS = st.runner().flatmap(lambda machine: st.sampled_from(worth_a_look(machine.expected.tasks)))
 VERSIONS = st.runner().flatmap(lambda machine: st.integers(1, len(machine.expected.versions) + 1))
 """The last one is not there."""
+
+
+def worth_a_look(tasks: list[Task]) -> list[int]:
+    """Return the numbers of all tasks, several times of those that something can become of."""
+    return [
+        task.number
+        for task in tasks
+        for _ in range(4 if not task.ended or task.state == "SET_ASIDE" else 1)
+    ]
 
 
 def step(**arguments: Any) -> Callable[[Callable[..., None]], Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
@@ -134,14 +134,18 @@ class Scripted(Machine):
     def kill_worker(self, again: bool) -> None:
         self.kill_held_worker(again)
 
+    @precondition(lambda self: self.expected.hold is None)
+    @step(point=st.sampled_from(LEARNING[:-1]), request=TEACH | UPDATE)
+    def have_set_aside(self, point: str, request: Request) -> None:
+        self.hold_at(point)
+        self.sent(request)
+        self.settle()
+        self.kill_until_set_aside()
+
     @precondition(lambda self: self.expected.paused not in (None, "LEARNED"))
     @step()
-    def kill_workers_until_set_aside(self) -> None:
-        task = self.expected.running
-        assert task is not None
-        while not task.ended:
-            self.kill_held_worker(again=True)
-            self.settle()
+    def kill_workers(self) -> None:
+        self.kill_until_set_aside()
 
     @precondition(lambda self: self.expected.breaks is None and not self.expected.paused)
     @step(point=st.sampled_from(LEARNING[:-1]), how=st.sampled_from(["fail", "exit"]))
@@ -154,7 +158,8 @@ class Scripted(Machine):
     @step()
     def kill_idle_worker(self) -> None:
         self.script.hold("START")
-        self.script.kill(signal.SIGKILL)
+        with suppress(ProcessLookupError):  # of one that just died, the next is on its way
+            self.script.kill(signal.SIGKILL)
         self.worker_started()
 
     # -- how it is done -----------------------------------------------------------------------
@@ -169,6 +174,13 @@ class Scripted(Machine):
         if hold is not None:
             self.script.hold(hold)
         self.expected.go_on(hold)
+
+    def kill_until_set_aside(self) -> None:
+        """Kill one worker after the other, all of them where the first is held, if it is."""
+        task = self.expected.running
+        while task is not None and not task.ended:
+            self.kill_held_worker(again=True)
+            self.settle()
 
     def kill_held_worker(self, again: bool) -> None:
         """Kill the worker where it is held; whether the next one is held there, too."""
