@@ -117,7 +117,8 @@ venv: $(READY) ## only make the environment, .venv
 .PHONY: test
 test: $(READY) ## all tests but the slow ones (PYTEST=flags)
 	@# One process for each processor, and one thread in each: more would only wait for each other.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n auto --dist loadfile $(PYTEST)
+	@# Files in their order: else those with the fewest tests, which take longest, would be left to one.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n auto --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 .PHONY: test-golden
 test-golden: $(READY) ## the recorded numbers of the published code
