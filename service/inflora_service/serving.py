@@ -105,7 +105,6 @@ class ModelHost:
         self._sound = asyncio.Event()
         self._pinned: OrderedDict[int, Loaded] = OrderedDict()
         self._loading: dict[int, tuple[int, asyncio.Task[Loaded]]] = {}
-        self._gone: set[int] = set()
         self._generation = 0
         self._settled = asyncio.Event()
         self._settled.set()
@@ -318,11 +317,11 @@ class ModelHost:
             current = self._current.version.number
             old = await asyncio.to_thread(self._outdated, current, retention)
             for number in (*await asyncio.to_thread(self._store.half_retired), *old.versions):
-                # First: it answers no more, also if it is being loaded.
-                self._gone.add(number)
-                self._pinned.pop(number, None)
                 with _put_off(f"version {number} cannot be retired yet"):
-                    await asyncio.to_thread(self._store.retire, number)
+                    try:
+                        await asyncio.to_thread(self._store.retire, number)
+                    finally:
+                        self._pinned.pop(number, None)
                     await self._audit.retired(number)
                     log.info("version %d is retired", number)
             for number in filter(self._store.has_onnx, old.onnx_files):
@@ -489,7 +488,9 @@ class ModelHost:
                 if generation == self._generation:
                     raise
                 continue
-            if self.is_fresh(loaded) and number not in self._gone:
+            # Retired while it was loaded, it answers no more: the next look at it says so.
+            stripped = (await asyncio.to_thread(self._store.version, number)).state.stripped
+            if self.is_fresh(loaded) and not stripped:
                 self._keep(loaded)
                 return loaded
 

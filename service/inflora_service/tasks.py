@@ -191,10 +191,7 @@ class TaskQueue:
             self._live[task.id] = live
         await asyncio.to_thread(self._examples.open)
         await asyncio.to_thread(self._uploads.adopt, await self._known())
-        try:
-            await self.sweep()
-        except OSError as error:
-            log.warning("cannot tidy up now, trying on: %s", error)
+        await self._tidy()
         if self._live:
             log.info("taking up %d tasks that have not ended", len(self._live))
             self._arrival.set()
@@ -239,13 +236,17 @@ class TaskQueue:
                 await asyncio.to_thread(self._settle, name, insist)
         await asyncio.to_thread(self._examples.release, self._awaits_promotion)
 
+    async def _tidy(self) -> None:
+        """Sweep, as far as that can be done now."""
+        try:
+            await self.sweep()
+        except OSError as error:
+            log.warning("cannot tidy up now, trying on: %s", error)
+
     async def _sweep_on(self) -> None:
         while True:
             await asyncio.sleep(min(SWEEP_SECONDS, max(0.1, self._limits.upload_seconds)))
-            try:
-                await self.sweep()
-            except OSError as error:
-                log.warning("cannot tidy up now, trying on: %s", error)
+            await self._tidy()
             if not self._live:
                 await self._retain()  # of model.onnx that downloads brought back
 

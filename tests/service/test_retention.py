@@ -283,3 +283,19 @@ async def test_whatever_goes_wrong_with_old_versions_tasks_go_on(
     monkeypatch.setattr(running.server.host, "retain", fail)
     await teach(running, "red", "green")
     assert (await get(running, 2)).current
+
+
+async def test_a_version_that_cannot_be_retired_yet_still_answers(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even its mark can be written: it is as it was."""
+    running = await start(retention=Retention(versions=1))
+    await teach(running, "red", "green")
+
+    def refuse(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(running.server.host._store, "retire", refuse)
+    await teach(running, "blue")
+    assert await retired(running) == []
+    assert await label_by(running, 1, RED) == "red"
