@@ -43,6 +43,8 @@ ATTEMPTS, ROOM = 3, 3
 """Workers that may die of a task, and tasks that may wait."""
 PATIENCE = 60.0
 """Seconds that anything may take."""
+LOADED = 2
+"""Old versions that are asked after every step: fewer than a server keeps loaded."""
 TOLERANCE = 1e-5
 
 LABELS = st.sampled_from(["red", "green", "blue", "rot", "grün"])
@@ -161,6 +163,12 @@ class Machine(RuleBasedStateMachine):
     def forget(self, request: Forget) -> None:
         self.sent(request)
 
+    @precondition(lambda self: len(self.expected.classes(self.expected.current)) > 1)
+    @step(which=st.integers(0, 5), purge=st.booleans())
+    def forget_known(self, which: int, purge: bool) -> None:
+        known = self.expected.classes(self.expected.current)
+        self.sent(Forget((known[which % len(known)].label,), purge))
+
     @step(request=UPDATE)
     def update(self, request: Update) -> None:
         self.sent(request)
@@ -195,13 +203,8 @@ class Machine(RuleBasedStateMachine):
         )
 
     @step(version=VERSIONS, colour=COLOURS)
-    def predict(self, version: int, colour: tuple[int, int, int]) -> None:
-        answer = self.both(
-            self.client.predict(self.images(colour)[:1], top_k=100, version=version),
-            lambda: self.expected.check_usable(version),
-        )
-        if answer is not None:
-            self.check_answer(answer, version, colour)
+    def predict(self, version: int, colour: Colour) -> None:
+        self.ask(version, colour)
 
     # -- the server ---------------------------------------------------------------------------
 
@@ -279,12 +282,23 @@ class Machine(RuleBasedStateMachine):
         same(found, wanted)
 
     def check_answers(self) -> None:
+        """Ask the current version, and the first few in turn, which stay loaded."""
         try:
             answer = self.loop.run(self.client.predict(self.images(GREEN)[:1], top_k=100))
         except StatusError as error:
             same((error.reason, None), ("WRONG_STATE", self.expected.current))
         else:
             self.check_answer(answer, self.expected.current, GREEN)
+        self.ask(self.taken.total() % LOADED + 1, RED)
+
+    def ask(self, version: int, colour: Colour) -> None:
+        """Ask one version, which may be gone."""
+        answer = self.both(
+            self.client.predict(self.images(colour)[:1], top_k=100, version=version),
+            lambda: self.expected.check_usable(version),
+        )
+        if answer is not None:
+            self.check_answer(answer, version, colour)
 
     def check_audit_log(self) -> None:
         reading, expected = audit.verify(self.root), self.expected

@@ -107,7 +107,7 @@ class Script:
         self.visits: list[tuple[str, str | None]] = []
         self._held: set[str] = set()
         self._answers: dict[str, list[dict[str, Any]]] = {}
-        self._waiting: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self._waiting: dict[str, tuple[asyncio.StreamWriter, Callable[[dict[str, Any]], None]]] = {}
         self._arrival = asyncio.Condition()
 
     async def serve(self) -> asyncio.Server:
@@ -133,7 +133,8 @@ class Script:
     def release(self, point: str, **answer: Any) -> None:
         """Let the worker go on from ``point``, where it waits, and pass from now on."""
         self.pass_from_now_on(point)
-        self._waiting.pop(point)(answer or {"do": "go"})
+        _, go_on = self._waiting.pop(point)
+        go_on(answer or {"do": "go"})
 
     def kill(self, number: signal.Signals) -> None:
         """Send the worker a signal, wherever it is."""
@@ -144,7 +145,8 @@ class Script:
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
             while line := await reader.readline():
                 await self._on_question(json.loads(line), writer)
-        self._waiting.clear()  # there is one worker at a time, and this one is gone
+        # A worker that is gone waits nowhere; the next may be there already.
+        self._waiting = {at: wait for at, wait in self._waiting.items() if wait[0] is not writer}
 
     async def _on_question(self, question: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         point = question["at"]
@@ -161,7 +163,7 @@ class Script:
             answer(self._answers[point].pop(0))
         elif point in self._held:
             async with self._arrival:
-                self._waiting[point] = answer
+                self._waiting[point] = writer, answer
                 self._arrival.notify_all()
         else:
             answer({"do": "go"})
