@@ -29,9 +29,11 @@ DEVICE ?=
 THREADS ?=
 # Where the recorded numbers of the published code are, if not in ../shared/golden:
 GOLDEN ?=
-# Of test-durability: which parts (flips rules inputs gate faults kills), and AGAIN=1 to begin anew:
+# Of test-durability: which parts (flips rules inputs gate faults kills), AGAIN=1 to begin anew, and
+# KEEP=1 to keep what was found with other code:
 PARTS ?=
 AGAIN ?=
+KEEP ?=
 # GPU=1 uses an environment of its own, with onnxruntime-gpu in place of onnxruntime:
 GPU ?=
 
@@ -127,7 +129,7 @@ test-golden: $(READY) ## the recorded numbers of the published code
 .PHONY: test-durability
 test-durability: $(READY) ## that nothing is lost: kills, full disks, inputs, flips; hours, resumes (PARTS=)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability $(if $(PARTS),--parts $(PARTS)) \
-		$(if $(AGAIN),--again)
+		$(if $(AGAIN),--again) $(if $(KEEP),--keep)
 
 .PHONY: test-kills
 test-kills: $(READY) ## kill -9 of server and worker again and again; half an hour, resumes (KILLS=)

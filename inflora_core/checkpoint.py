@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from inflora_core import durable, failpoints
+from inflora_core.spool import CHECKPOINT
 
 log = logging.getLogger(__name__)
-
-FILE = "checkpoint.pt"
 
 
 class Checkpoint:
@@ -33,7 +32,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._path = folder / FILE if folder else None
+        self._path = folder / CHECKPOINT if folder else None
 
     def load(self, fingerprint: str) -> dict[str, Any] | None:
         """Return what ``save`` was given, or None where there is nothing that fits."""

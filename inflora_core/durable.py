@@ -98,6 +98,14 @@ def append(path: Path, data: bytes, at: int) -> None:
         sync_folder(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless they are there; a power cut takes none away."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in reversed(missing):
+        sync_folder(each.parent)
+
+
 def move(folder: Path, to: Path) -> None:
     """Rename a folder, durably; nothing may be at ``to``, whose parent exists."""
     os.rename(folder, to)

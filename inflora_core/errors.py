@@ -75,6 +75,12 @@ class StateError(InfloraError):
     reason = "WRONG_STATE"
 
 
+class OvertakenError(StateError):
+    """Another version was made current than the one that this was learned on."""
+
+    reason = "OVERTAKEN"
+
+
 class OutOfRangeError(InfloraError):
     """A position is beyond the end."""
 
@@ -135,6 +141,7 @@ ERRORS_BY_REASON: dict[str, type[InfloraError]] = {
         NotFoundError,
         ConflictError,
         StateError,
+        OvertakenError,
         OutOfRangeError,
         UnavailableError,
         CancelledError,

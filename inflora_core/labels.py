@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 from inflora_core.errors import InvalidInputError
+from inflora_core.model import MARK
 
 MAX_CHARACTERS = 200
 """Longest label, in Unicode code points."""
@@ -42,6 +43,8 @@ def _fault(label: str) -> str:
     surrogate = next((c for c in label if unicodedata.category(c) == "Cs"), None)
     if surrogate is not None:
         return "holds an unpaired surrogate; it is not Unicode text"
+    if label == MARK:
+        return "stands for the names of classes that are forgotten; choose another"
     if label != label.strip():
         return "starts or ends with white space; strip it"
     if not unicodedata.is_normalized("NFC", label):

@@ -266,9 +266,11 @@ class Task:
     edit: Edit | None = None
     """What to change, unless the task is to learn. It has no classes or examples then."""
     crashes: int = 0
-    """How often in a row a worker ended in work on it, none having come further."""
+    """How often in a row a worker, or the server, ended in work on it, none having come further."""
     crashed_at: int = 0
-    """The last epoch that any of them was in; 0 before the first."""
+    """The last epoch that any worker that ended was in; 0 before the first."""
+    killed_at: str = ""
+    """What the last server that was killed left as its checkpoint (``spool.checkpoint_sum``)."""
     withheld: tuple[str, ...] = ()
     """Names of purged classes that it mentions. They are taken out when it ends, unless what it
     makes is a version: then it taught, or named, something else so."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -97,7 +98,7 @@ class Predictor:
         try:
             preprocess, classify = split(content)
             card = read_metadata(preprocess)
-        except DamagedError:
+        except (DamagedError, MemoryError):
             raise
         except Exception as error:
             # A flipped bit in a name leaves bytes where protobuf promises text.
@@ -124,7 +125,8 @@ class Predictor:
         Returns:
             (1, 3, height, width) float32, normalised as the backbone expects.
         """
-        (pixels,) = self._preprocess.run([PIXELS], {IMAGES: image[np.newaxis]})
+        with _telling_memory():
+            (pixels,) = self._preprocess.run([PIXELS], {IMAGES: image[np.newaxis]})
         return np.asarray(pixels, np.float32)
 
     def classify(self, pixels: Floats) -> Answers:
@@ -133,8 +135,9 @@ class Predictor:
         Args:
             pixels: (n, 3, height, width) float32, from ``preprocess``.
         """
-        logits, probabilities, embedding, novelty = self._classify.run(OUTPUTS, {PIXELS: pixels})
-        return Answers(logits, probabilities, embedding, novelty)
+        with _telling_memory():
+            answers = self._classify.run(OUTPUTS, {PIXELS: pixels})
+        return Answers(*answers)
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> Answers:
         """Return the answers for n >= 1 images, each (h, w, 3) uint8 of its own size.
@@ -230,11 +233,32 @@ def _open(model: bytes, options: ort.SessionOptions, providers: list[Any]) -> or
 
     Raises:
         DamagedError: if onnxruntime does not take the model.
+        MemoryError: there is not enough.
     """
     try:
-        return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        with _telling_memory():
+            return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    except MemoryError:
+        raise
     except Exception as error:
         raise DamagedError(f"onnxruntime does not take the model: {str(error)[:300]}") from error
+
+
+NO_MEMORY = re.compile(
+    r"bad_alloc|bad allocation|Failed to allocate memory|can't allocate memory|out of memory"
+)
+"""What torch and onnxruntime say in errors that are no ``MemoryError``."""
+
+
+@contextlib.contextmanager
+def _telling_memory() -> Iterator[None]:
+    """Turn onnxruntime's errors for want of memory, which are like all others, into that."""
+    try:
+        yield
+    except Exception as error:
+        if NO_MEMORY.search(str(error)):
+            raise MemoryError(str(error)) from error
+        raise
 
 
 def session_options(threads: int) -> ort.SessionOptions:

@@ -6,6 +6,7 @@ A spool is a folder of files:
     examples.jsonl   one line for each image, in order:
                      {"label": "cat", "offset": 0, "size": 4711, "sha256": "...", "chain": "..."}
                      and a last one that seals them: {"examples": 80, "sha256": "..."}
+    checkpoint.pt    where its training stands (``inflora_core.checkpoint``)
     upload.json      what the upload was to become, if it can be continued after a break:
                      {"upload": {...}, "sha256": "..."}
 
@@ -33,6 +34,7 @@ from inflora_core.errors import DamagedError
 IMAGES = "images.bin"
 INDEX = "examples.jsonl"
 ORIGIN = "upload.json"
+CHECKPOINT = "checkpoint.pt"
 
 STEP_BYTES = 8 * 2**20
 """Of images, between two flushes to the disk: what of an upload a killed server loses at most. With
@@ -277,6 +279,19 @@ def read_labels(folder: Path) -> tuple[str, ...]:
     if not sealed:
         raise DamagedError(f"the index of {folder} is cut short, or does not have its checksum")
     return tuple(state.counts)
+
+
+def checkpoint_sum(folder: Path) -> str:
+    """Return what tells a spool's checkpoint from any other one; "" if there is none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with (folder / CHECKPOINT).open("rb") as file:
+            return file.readline(64).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def check_spool(folder: Path) -> SpoolSummary:

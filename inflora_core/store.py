@@ -177,11 +177,11 @@ class Store:
                     f"{path} has no FORMAT file, so it is not a store, and it is not empty",
                     field="store",
                 )
-            path.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(path)
             durable.replace(marker, json.dumps({"format": FORMAT}).encode() + b"\n")
         store = cls.existing(path)
         for folder in (store._versions, store._drafts, path / "backbones"):
-            folder.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(folder)
         if not store._forgotten.exists():
             store.recover_forgotten()
         return store
@@ -414,11 +414,13 @@ class Store:
     def version_of_task(self, task: str) -> int | None:
         """Return the version that ``task`` made, or None. A task makes at most one.
 
-        A version whose manifest cannot be read is passed over: it must not end all learning.
+        A version whose manifest cannot be read is passed over: it must not end all learning. The
+        one that is returned outlives a power cut.
         """
         for number in reversed(self.numbers()):
             try:
                 if self.version(number).task == task:
+                    durable.sync_folder(self._versions)  # its writer may have died before it did
                     return number
             except DamagedError as error:
                 log.warning("passing over version %d: %s", number, error)

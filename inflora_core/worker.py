@@ -31,7 +31,6 @@ import logging
 import math
 import os
 import queue
-import re
 import resource
 import sys
 import threading
@@ -69,7 +68,7 @@ from inflora_core.model import (
     Progress,
     Stage,
 )
-from inflora_core.predictor import Predictor, RuntimeOptions, processors
+from inflora_core.predictor import NO_MEMORY, Predictor, RuntimeOptions, processors
 from inflora_core.progress import Tracker
 from inflora_core.spool import read_spool
 from inflora_core.store import Store
@@ -80,9 +79,6 @@ _EDIT: TypeAdapter[Edit] = TypeAdapter(Edit)
 
 _LIMITS = Limits()
 """Images were checked against the server's own limits when they arrived."""
-
-_NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|bad allocation")
-"""What torch and onnxruntime say in errors that are no ``MemoryError``."""
 
 PROGRESS_SECONDS = 0.1
 """Least time between two reports of the same stage and epoch."""
@@ -305,6 +301,8 @@ class Channel:
             if command["command"] == "cancel":
                 self._cancelled.add(command["task"])
             else:
+                # The same task again: it was given up only to begin anew.
+                self._cancelled.discard(command.get("task"))
                 self._todo.put(command)
         # Not sys.exit: that would end this thread only, and training would go on without a server.
         os._exit(0)
@@ -332,7 +330,7 @@ def serve(worker: Worker, channel: Channel) -> None:
             kind = LimitExceededError if durable.is_full(error) else UnavailableError
             _fail(channel, task, kind(f"cannot write to the store: {error}"))
         except Exception as error:
-            if _NO_MEMORY.search(str(error)):
+            if NO_MEMORY.search(str(error)):
                 _fail_for_memory(channel, task)
                 continue
             log.exception("task %s failed", task)

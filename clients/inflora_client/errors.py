@@ -126,9 +126,10 @@ class TaskFailedError(InfloraClientError):
 
 
 class TaskHeldBackError(TaskFailedError):
-    """The task that was waited for was learned, but the publish gate holds its version back.
+    """The task that was waited for was learned, but its version does not answer.
 
-    ``task.version`` is a candidate, which ``promote`` takes with ``force``.
+    By the reason of ``task.error``: ``GATE``, the publish gate has something against it, and
+    ``promote`` takes it only with ``force``; ``OVERTAKEN``, another version was promoted meanwhile.
 
     Args:
         task: The task as it ended.
@@ -136,7 +137,7 @@ class TaskHeldBackError(TaskFailedError):
 
     @property
     def report(self) -> TaskReport | None:
-        """What became of the task, with the checks of the gate; None from an incomplete answer."""
+        """What became of the task, with the checks of the gate; None if it did not learn."""
         return self.task.report
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from inflora_core.audit import MOVES, SERVER, UNKNOWN, AuditLog, Entry, Event
 from inflora_core.errors import DamagedError, InfloraError, NotFoundError
@@ -93,35 +93,35 @@ class AuditTrail:
 
     async def ended(self, task: Task, who: str) -> None:
         """Report a task whose end is durable."""
-        await self._write(await asyncio.to_thread(self._ending, task, who))
+        await self._write(lambda: self._ending(task, who))
 
     async def retried(self, task: Task, who: str) -> None:
         """Report that a task that was set aside is in the queue again."""
-        await self._write(_retrial(task, who))
+        await self._write(lambda: _retrial(task, who))
 
-    async def moved(self, before: int | None, version: Version, who: str) -> None:
-        """Report that a version is current.
+    async def moved(self, version: Version, who: str) -> None:
+        """Report that a version is current, and not any more what was by the last report.
 
         Args:
-            before: The one that was current.
-            version: The one that is.
+            version: The version.
             who: Who asked for it.
         """
-        await self._write(await asyncio.to_thread(self._move, before, version.number, who))
+        before = self.was_current[-1] if self.was_current else None
+        await self._write(lambda: self._move(before, version.number, who))
         self.was_current.append(version.number)
 
     async def pinned(self, number: int, who: str) -> None:
         """Report that a version is pinned."""
-        await self._write(Entry(Event.PINNED, who, version_to=number))
+        await self._write(lambda: Entry(Event.PINNED, who, version_to=number))
 
     async def unpinned(self, number: int, who: str) -> None:
         """Report that a version is going to be unpinned: a pin that is in the log is not lost."""
-        await self._write(Entry(Event.UNPINNED, who, version_to=number))
+        await self._write(lambda: Entry(Event.UNPINNED, who, version_to=number))
 
     async def retired(self, number: int) -> None:
         """Report that the data of a version are deleted, once."""
         if number not in self._retired:
-            await self._write(Entry(Event.RETIRED, SERVER, version_to=number))
+            await self._write(lambda: Entry(Event.RETIRED, SERVER, version_to=number))
             self._retired.add(number)
 
     async def forgotten(self, version: Version) -> None:
@@ -137,28 +137,27 @@ class AuditTrail:
         entry = Entry(
             Event.FELL_BACK, SERVER, version_from=current, version_to=version, reason=reason
         )
-        await self._write(entry)
+        await self._write(lambda: entry)
 
     async def _once(self, event: Event, version: Version, known: set[str]) -> None:
         keys = [key for key in version.forgets if key not in known]
         if keys:
-            await self._write(
-                Entry(
-                    event,
-                    SERVER,
-                    task=version.task,
-                    version_to=version.number,
-                    classes=tuple(keys),
-                )
+            entry = Entry(
+                event,
+                SERVER,
+                task=version.task,
+                version_to=version.number,
+                classes=tuple(keys),
             )
+            await self._write(lambda: entry)
             known.update(keys)
 
-    async def _write(self, entry: Entry) -> None:
-        """Append an entry, as often as it takes: what it reports is done already."""
+    async def _write(self, make: Callable[[], Entry]) -> None:
+        """Make and append an entry, as often as it takes: what it reports is done already."""
         while True:
             try:
-                return await self._append(entry)
-            except InfloraError as error:
+                return await self._append(await asyncio.to_thread(make))
+            except (InfloraError, OSError) as error:
                 log.warning("cannot write to the audit log, trying on: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 

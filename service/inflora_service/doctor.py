@@ -16,14 +16,14 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
-from inflora_core import audit, durable
+from inflora_core import audit, canary, durable
 from inflora_core.audit import AuditLog, Entry, Event, History
 from inflora_core.errors import (
     DamagedError,
@@ -195,6 +195,8 @@ class _Examination:
         yield from self._current()
         yield from self._published()
         yield from self._spools()
+        yield from self._kept_examples()
+        yield from self._canaries()
         yield from self._leftovers()
 
     # -- the audit log ------------------------------------------------------------------------
@@ -577,8 +579,9 @@ class _Examination:
                 yield _damage(self._folder(number), "the version is lost", _RESTORE)
         if self._tasks is None:
             return
+        yield from self._made_by_tasks(self._tasks)
         for task in self._tasks.values():
-            if task.state is not TaskState.PUBLISHED:
+            if task.state not in (TaskState.PUBLISHED, TaskState.HELD_BACK):
                 continue
             version = self._manifests.get(task.version or 0)
             if task.version not in self._numbers:
@@ -597,6 +600,26 @@ class _Examination:
                     self._folder(number),
                     f"its task {version.task} has no record",
                     "nothing needs to be done: a version does not need one",
+                )
+
+    def _made_by_tasks(self, tasks: Mapping[str, Task]) -> Iterator[Finding]:
+        """Compare which versions a task made with what its record says."""
+        made: dict[str, list[int]] = {}
+        for number, version in self._manifests.items():
+            made.setdefault(version.task, []).append(number)
+        for name, numbers in made.items():
+            task = tasks.get(name)
+            if len(numbers) > 1:
+                yield _damage(
+                    self._folder(numbers[-1]),
+                    f"versions {', '.join(map(str, numbers))} are all of task {name}",
+                    "a task makes one version: remove those that were copied here",
+                )
+            elif task is not None and task.state.ended and task.version is None:
+                yield _warning(
+                    self._folder(numbers[0]),
+                    f"its task {name} is {task.state}, by its record",
+                    "look at the version, and promote it if it is wanted",
                 )
 
     # -- what is under way, or was --------------------------------------------------------------
@@ -656,6 +679,38 @@ class _Examination:
             problem,
             f"cancel task {task.id}, which would fail, and send its examples again",
         )
+
+    def _kept_examples(self) -> Iterator[Finding]:
+        kept = self._root / "examples"
+        for folder in sorted(kept.iterdir()) if kept.is_dir() else ():
+            where = f"examples/{folder.name}"
+            try:
+                check_spool(folder)
+            except DamagedError as error:
+                yield _warning(where, error.message, f"{_RESTORE}, or remove it")
+            if self._tasks is not None and folder.name not in self._tasks:
+                yield _warning(
+                    where, "no task has these examples", "remove them if nobody needs them"
+                )
+
+    def _canaries(self) -> Iterator[Finding]:
+        forgotten = self._listed().keys
+        for key in sorted(canary.keys(self._root)):
+            where = f"{canary.FOLDER}/{key}"
+            if canary.is_draft(key) or key in forgotten:
+                yield self._unsettled(
+                    where,
+                    "its class is forgotten"
+                    if key in forgotten
+                    else "it was not written to its end",
+                    "it can be removed; the next start does it, too",
+                    _removing(self._root / where),
+                )
+                continue
+            try:
+                canary.read(self._root, key)
+            except DamagedError as error:
+                yield _warning(where, error.message, "remove it: its class is not looked at then")
 
     def _leftovers(self) -> Iterator[Finding]:
         drafts = self._root / "drafts"

@@ -69,9 +69,9 @@ class Examples:
 
     def open(self) -> None:
         """Make the folders, and say in the log what is kept."""
-        self.spools.mkdir(exist_ok=True)
+        durable.make_folder(self.spools)
         if self._keep != "never":
-            self._kept.mkdir(exist_ok=True)
+            durable.make_folder(self._kept)
         if kept := self.kept():
             log.info("the examples of %d tasks are kept in %s", len(kept), self._kept)
 

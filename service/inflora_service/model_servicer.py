@@ -1,4 +1,4 @@
-"""``ModelService``: decode, call ``Store`` and ``ModelHost``, encode."""
+"""``ModelService``: decode, call ``Store``, ``ModelHost`` and ``TaskQueue``, encode."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from inflora_service.artifacts import read_artifact
 from inflora_service.auditing import caller
 from inflora_service.errors import Context
 from inflora_service.serving import ModelHost
+from inflora_service.tasks import TaskQueue
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,10 @@ log = logging.getLogger(__name__)
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     """Handlers; ``ErrorInterceptor`` turns what they raise into a status."""
 
-    def __init__(self, store: Store, host: ModelHost) -> None:
+    def __init__(self, store: Store, host: ModelHost, tasks: TaskQueue) -> None:
         self._store = store
         self._host = host
+        self._tasks = tasks
 
     async def ListVersions(
         self, request: pb.ListVersionsRequest, context: Context
@@ -52,7 +54,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> pb.PromoteVersionResponse:
         """Make a version current."""
         number = names.parse_version(request.name, field="name")
-        version = await self._host.promote(number, caller(context), force=request.force)
+        version = await self._tasks.promote(number, caller(context), force=request.force)
         return pb.PromoteVersionResponse(version=self._encode(version))
 
     async def PinVersion(

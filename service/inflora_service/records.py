@@ -233,8 +233,14 @@ class TaskRecords:
         self.scrub()
 
     def scrub(self) -> None:
-        """Empty the log of changes, where what was overwritten stays until then."""
-        self._execute("PRAGMA wal_checkpoint(TRUNCATE)", ())
+        """Empty the log of changes, where what was overwritten stays until then.
+
+        Raises:
+            UnavailableError: somebody else reads the records, and needs it.
+        """
+        ((busy, _, _),) = self._execute("PRAGMA wal_checkpoint(TRUNCATE)", ())
+        if busy:
+            raise UnavailableError("another program reads the task records; retry later")
 
     def _redact(self, number: int, names: Collection[str], own: str) -> bool:
         """Take names out of one record; return False if it was written meanwhile."""

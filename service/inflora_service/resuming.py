@@ -308,6 +308,8 @@ class Uploads:
             await self._drop(oldest)
 
     async def _drop(self, waiting: _Waiting) -> None:
+        if self._waiting.get(waiting.request.request_id) is not waiting:
+            return  # somebody came to continue it while another one was removed
         log.info("upload %s is removed: nobody continued it", waiting.id)
         del self._waiting[waiting.request.request_id]
         await asyncio.to_thread(self._examples.remove, waiting.id)

@@ -290,7 +290,7 @@ class Server:
             EvaluatorServicer(evaluator, self._settings.limits), server
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelServicer(store, host), server
+            ModelServicer(store, host, tasks), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (LEARNER, PREDICTOR, EVALUATOR, MODEL, health.SERVICE_NAME, reflection.SERVICE_NAME)

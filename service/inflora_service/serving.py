@@ -22,6 +22,7 @@ from inflora_core.errors import (
     InvalidInputError,
     LimitExceededError,
     NotFoundError,
+    OvertakenError,
     StateError,
 )
 from inflora_core.gate import why_held_back
@@ -238,6 +239,16 @@ class ModelHost:
         """
         return await unbroken(self._promote(number, who, force))
 
+    async def publish(self, number: int) -> Version:
+        """Make a version current that was just made from the one that is.
+
+        Raises:
+            GateError: it is a candidate.
+            OvertakenError: somebody has made another version current meanwhile.
+            NotFoundError, StateError, DamagedError: as ``promote``.
+        """
+        return await unbroken(self._publish(number))
+
     async def pin(self, number: int, who: str) -> Version:
         """Keep version ``number`` however old it is; return it.
 
@@ -284,6 +295,21 @@ class ModelHost:
             if not force and not self.is_current(number):
                 self._refuse_candidate(await asyncio.to_thread(self._store.version, number))
             return await self._swap_to(number, who)
+
+    async def _publish(self, number: int) -> Version:
+        async with self._swap:
+            version = await asyncio.to_thread(self._store.version, number)
+            if version.report is not None and version.candidate:
+                why = why_held_back(version.report.failed_checks)
+                raise GateError(f"version {number} is held back: {why}")
+            if self._fault is None and self._current is not None:  # else any sound one is better
+                current = self._current.version.number
+                if current not in (version.parent, number):
+                    raise OvertakenError(
+                        f"version {number} is held back: version {current} was made current while "
+                        f"it was made from version {version.parent}; promote it, or ask again"
+                    )
+            return await self._swap_to(number, SERVER)
 
     @staticmethod
     def _refuse_candidate(version: Version) -> None:
@@ -366,9 +392,14 @@ class ModelHost:
             await asyncio.to_thread(self._store.forget, loaded.version.forgets)
             await self._audit.forgotten(loaded.version)
         if not self.is_current(number) or self.stand_in is not None:
-            before = await asyncio.to_thread(self._before)
-            await asyncio.to_thread(self._store.set_current, number)
-            await self._audit.moved(before, loaded.version, who)
+            try:
+                await asyncio.to_thread(self._store.set_current, number)
+            except OSError:
+                # What answers is what CURRENT names, also where only its flushing failed.
+                if await asyncio.to_thread(self._before) != number:
+                    raise
+                log.exception("CURRENT may not be on the disk yet")
+            await self._audit.moved(loaded.version, who)
             log.info("version %d is current", number)
         self._pinned.pop(number, None)
         if loaded.version.forgets:

@@ -29,10 +29,10 @@ from inflora_core.errors import (
     LearnerCrashedError,
     LimitExceededError,
     NotFoundError,
+    OvertakenError,
     StateError,
     UnavailableError,
 )
-from inflora_core.gate import why_held_back
 from inflora_core.model import (
     Edit,
     Failure,
@@ -44,7 +44,7 @@ from inflora_core.model import (
     Version,
     now,
 )
-from inflora_core.spool import SpoolSummary, read_spool
+from inflora_core.spool import SpoolSummary, checkpoint_sum, read_spool
 from inflora_core.store import Store
 from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
@@ -77,6 +77,9 @@ class _Live:
         progress: The last one that the learner reported.
         cancelling: Somebody asked for it to be given up.
         cancelled_by: Who did.
+        base: Number of the version that it is being learned on; None before the first.
+        overtaken: Somebody has made another version current meanwhile.
+        over: Its record once it has ended and that is durable; nobody was told yet.
         changed: Set at the next change, and replaced by another event then.
     """
 
@@ -84,6 +87,9 @@ class _Live:
     progress: Progress | None = None
     cancelling: bool = False
     cancelled_by: str = SERVER
+    base: int | None = None
+    overtaken: bool = False
+    over: Task | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -178,17 +184,14 @@ class TaskQueue:
     async def start(self) -> None:
         """Take up what the last process left, and begin."""
         for task in await asyncio.to_thread(self._records.unfinished):
-            number = None
-            if task.state is TaskState.LEARNING:
-                number = await asyncio.to_thread(self._store.version_of_task, task.id)
-            if number is not None:
-                live = _Live(task, Progress(Stage.PUBLISHING, 1.0))
+            live = self._live[task.id] = _Live(task)
+            if task.state is not TaskState.LEARNING:
+                self._queue.append(live)
+            elif (number := await self._version_of(task)) is not None:
+                live.progress = Progress(Stage.PUBLISHING, 1.0)
                 self._publishable.append((live, number))
             else:
-                live = _Live(replace(task, state=TaskState.QUEUED, start_time=None))
-                await asyncio.to_thread(self._records.update, live.snapshot)
-                self._queue.append(live)
-            self._live[task.id] = live
+                await self._take_up(live)
         await asyncio.to_thread(self._examples.open)
         await asyncio.to_thread(self._uploads.adopt, await self._known())
         await self._tidy()
@@ -199,6 +202,33 @@ class TaskQueue:
             asyncio.create_task(self._run(), name="task-queue"),
             asyncio.create_task(self._sweep_on(), name="task-sweep"),
         ]
+
+    async def _take_up(self, live: _Live) -> None:
+        """Queue again, or set aside, a task that the last process was killed at.
+
+        A worker that takes all memory may take the server along: a container is ended as a whole.
+        """
+        reached = ""
+        with contextlib.suppress(OSError):
+            folder = self._examples.spools / live.task.id
+            reached = await asyncio.to_thread(checkpoint_sum, folder)
+        crashes = live.task.crashes + 1 if reached == live.task.killed_at else 1
+        task = replace(
+            live.task, state=TaskState.QUEUED, start_time=None, crashes=crashes, killed_at=reached
+        )
+        if crashes >= self._limits.task_attempts:
+            live.task = task
+            message = f"the server was killed {crashes} times in a row while it learned this"
+            failure = Failure(LearnerCrashedError.reason, message)
+            await self._end(live, TaskState.SET_ASIDE, failure=failure)
+            return
+        try:
+            await asyncio.to_thread(self._records.update, Snapshot(task))
+        except InfloraError as error:
+            # It is unfinished by its record all the same, and predictions are to be answered.
+            log.warning("that task %s was taken up is not written down: %s", task.id, error)
+        live.task = task
+        self._queue.append(live)
 
     async def _known(self) -> set[str]:
         """Return the tasks that there ever were: their spools are no uploads that broke off.
@@ -221,6 +251,13 @@ class TaskQueue:
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
+        for live in self._live.values():
+            if live.task.state is TaskState.LEARNING and live.over is None:
+                # Not killed: the next process need not count this as an attempt.
+                task = replace(live.task, state=TaskState.QUEUED, start_time=None)
+                with contextlib.suppress(InfloraError, OSError):
+                    if await asyncio.to_thread(self._store.version_of_task, task.id) is None:
+                        await asyncio.to_thread(self._records.update, Snapshot(task))
 
     async def sweep(self, *, insist: bool = False) -> None:
         """Remove uploads that nobody continued in time, and what could not be removed before.
@@ -246,9 +283,12 @@ class TaskQueue:
     async def _sweep_on(self) -> None:
         while True:
             await asyncio.sleep(min(SWEEP_SECONDS, max(0.1, self._limits.upload_seconds)))
-            await self._tidy()
-            if not self._live:
-                await self._retain()  # of model.onnx that downloads brought back
+            try:
+                await self._tidy()
+                if not self._live:
+                    await self._retain()  # of model.onnx that downloads brought back
+            except Exception:
+                log.exception("cannot tidy up now, trying on")
 
     def _settle(self, spool: str, insist: bool) -> None:
         try:
@@ -530,6 +570,22 @@ class TaskQueue:
             self._arrival.set()
             return live.snapshot
 
+    async def promote(self, number: int, who: str, *, force: bool = False) -> Version:
+        """Make a version current, as ``ModelHost.promote`` does.
+
+        What is being learned begins anew on that version: else it would bring back, as soon as it
+        is published, what somebody has just rolled back from.
+        """
+        return await unbroken(self._promote(number, who, force))
+
+    async def _promote(self, number: int, who: str, force: bool) -> Version:
+        version = await self._host.promote(number, who, force=force)
+        for live in self._live.values():
+            if live.task.state is TaskState.LEARNING and live.base != number:
+                live.overtaken = True
+                self._learner.cancel(live.task.id)
+        return version
+
     async def _wait(self, changed: asyncio.Event) -> None:
         if not self._stopping:
             await changed.wait()
@@ -577,6 +633,10 @@ class TaskQueue:
         except CancelledError:
             await self._end(live, TaskState.CANCELLED)
         except Exception as error:
+            if live.over is not None:
+                log.exception("task %s has ended all the same", live.task.id)
+                self._let_go(live, live.over)
+                return
             known = from_exception(error)
             crashed = isinstance(known, LearnerCrashedError)
             state = TaskState.SET_ASIDE if crashed else TaskState.FAILED
@@ -587,44 +647,62 @@ class TaskQueue:
         task = replace(live.task, state=TaskState.LEARNING, start_time=now())
         await self._write(Snapshot(task))
         live.change(task)
-        if live.cancelling:
-            raise CancelledError("cancelled before the learner began")
-        current = self._host.current
-        parent = current.number if current else None
-        await self._publish(live, await self._in_time(live, parent))
+        try:
+            number = await self._in_time(live)
+        except Exception as error:
+            # What failed may have come after the version was durable.
+            made = await self._version_of(live.task)
+            if made is None:
+                raise
+            log.warning("task %s has a version all the same: %s", live.task.id, error)
+            number = made
+        await self._publish(live, number)
 
-    async def _in_time(self, live: _Live, parent: int | None) -> int:
+    async def _version_of(self, task: Task) -> int | None:
+        """Return the version that came of a task, if it is durable."""
+        return await _as_often_as_it_takes(
+            lambda: asyncio.to_thread(self._store.version_of_task, task.id)
+        )
+
+    async def _in_time(self, live: _Live) -> int:
         """Return the version that comes of a task, unless it takes too long."""
         seconds = self._limits.task_seconds
         try:
             async with asyncio.timeout(seconds or None):
-                return await self._whatever_it_takes(live, parent)
+                return await self._whatever_it_takes(live)
         except TimeoutError:
             await self._learner.abandon()
-            found = await asyncio.to_thread(self._store.version_of_task, live.task.id)
-            if found is not None:
-                return found
             raise LimitExceededError(
                 f"the task took longer than {seconds:g} s; send fewer images, or ask for fewer "
                 "epochs"
             ) from None
 
-    async def _whatever_it_takes(self, live: _Live, parent: int | None) -> int:
-        """Return the version that comes of a task, which goes on when a worker dies of it.
+    async def _whatever_it_takes(self, live: _Live) -> int:
+        """Return the version that comes of a task.
+
+        It goes on when a worker dies of it, and begins anew when another version is made current.
 
         Raises:
             LearnerCrashedError: too many have, and none came further than the one before.
         """
         while True:
+            if live.cancelling:
+                raise CancelledError("cancelled on request")  # between two workers
+            current = self._host.current
+            live.base, live.overtaken = current.number if current else None, False
             try:
-                return await self._make_version(live, parent)
+                return await self._make_version(live)
+            except CancelledError:
+                if not live.overtaken:
+                    raise
+                log.info("task %s begins anew: another version was made current", live.task.id)
             except LearnerCrashedError as error:
                 # The last thing a worker does is to make the version durable.
-                found = await asyncio.to_thread(self._store.version_of_task, live.task.id)
+                found = await self._version_of(live.task)
                 if found is not None:
                     return found
-                if live.cancelling:
-                    raise CancelledError("cancelled on request") from None
+                if live.overtaken:
+                    continue  # the worker may have been ended for that
                 await self._count_crash(live)
                 if live.task.crashes >= self._limits.task_attempts:
                     raise
@@ -646,12 +724,15 @@ class TaskQueue:
         if isinstance(live.task.edit, Forget):
             version = await self._forget(live, live.task.edit, number)
         else:
-            version = await asyncio.to_thread(self._store.version, number)
+            version = await _as_often_as_it_takes(
+                lambda: asyncio.to_thread(self._store.version, number)
+            )
             await asyncio.to_thread(self._keep_canaries, live.task, version)
-            if version.candidate:
-                await self._hold_back(live, version)
+            try:
+                version = await _as_often_as_it_takes(lambda: self._host.publish(number))
+            except (GateError, OvertakenError) as error:
+                await self._hold_back(live, version, error)
                 return
-            version = await _as_often_as_it_takes(lambda: self._host.promote(number, SERVER))
         await self._retain()
         await self._end(live, TaskState.PUBLISHED, version=number, report=version.report)
 
@@ -675,15 +756,11 @@ class TaskQueue:
                     seen[label] += 1
             for label, images in kept.items():
                 canary.keep(self._store.root, keys[label], images)
-        except (OSError, DamagedError) as error:
+        except (OSError, MemoryError, DamagedError) as error:
             log.warning("no canary images are kept of task %s: %s", task.id, error)
 
-    async def _hold_back(self, live: _Live, version: Version) -> None:
-        """End a task whose version stays a candidate: the next one builds on the current one."""
-        assert version.report is not None, "a candidate has a report that says why it is one"
-        error = GateError(
-            f"version {version.number} is held back: {why_held_back(version.report.failed_checks)}"
-        )
+    async def _hold_back(self, live: _Live, version: Version, error: InfloraError) -> None:
+        """End a task whose version does not answer: the next one builds on the current one."""
         await self._end(
             live,
             TaskState.HELD_BACK,
@@ -692,16 +769,16 @@ class TaskQueue:
             failure=Failure(error.reason, error.message),
         )
 
-    async def _make_version(self, live: _Live, parent: int | None) -> int:
+    async def _make_version(self, live: _Live) -> int:
         task = live.task
         if task.edit is not None:
-            return await self._learner.edit(task.id, task.edit, parent, live.on_progress)
+            return await self._learner.edit(task.id, task.edit, live.base, live.on_progress)
         return await self._learner.learn(
             task.id,
             self._examples.spools / task.id,
             self._config.updated(**task.settings),
             self._gate,
-            parent,
+            live.base,
             live.on_progress,
         )
 
@@ -718,15 +795,18 @@ class TaskQueue:
                 await asyncio.to_thread(
                     self._examples.purge, version.forgets, names, self._store.manifests()
                 )
-                for other in self._live.values():
-                    other.task = other.task.withholding(names)
-                await asyncio.to_thread(self._records.redact, names, live.task.id)
-                live.task = live.task.without_classes(names)
-                # Examples of the class that a task which was set aside has.
-                await self.sweep(insist=True)
+                # Not while a task that was set aside is taken up, or given up: its record would be
+                # written again as it was read before.
+                async with self._accepting:
+                    for other in self._live.values():
+                        other.task = other.task.withholding(names)
+                    await asyncio.to_thread(self._records.redact, names, live.task.id)
+                    live.task = live.task.without_classes(names)
+                    # Examples of the class that a task which was set aside has.
+                    await self.sweep(insist=True)
                 await self._host.purge(number)
                 return version
-            except (OSError, LimitExceededError, UnavailableError) as error:
+            except _PASSING as error:
                 log.warning("cannot forget all of it yet, trying on: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 
@@ -735,15 +815,20 @@ class TaskQueue:
         if state not in (TaskState.PUBLISHED, TaskState.HELD_BACK):
             ended = ended.without_classes(live.task.withheld)
         await self._write(Snapshot(ended, live.progress))
+        live.over = ended
         cancelled = state is TaskState.CANCELLED
         await self._audit.ended(ended, live.cancelled_by if cancelled else SERVER)
         if live.task.withheld:
             with contextlib.suppress(InfloraError):  # the next change that fills the log does it
                 await asyncio.to_thread(self._records.scrub)
         await asyncio.to_thread(self._examples.settle, ended)
+        self._let_go(live, ended)
+
+    def _let_go(self, live: _Live, ended: Task) -> None:
+        """Tell who waits for a task that it has ended."""
         del self._live[ended.id]
         live.change(ended)
-        log.info("task %s is %s", ended.id, state)
+        log.info("task %s is %s", ended.id, ended.state)
 
     async def _write(self, snapshot: Snapshot) -> None:
         """Write the record, as often as it takes: nothing may be told that is not durable."""
@@ -759,12 +844,16 @@ class TaskQueue:
                 await asyncio.sleep(RETRY_SECONDS)
 
 
-async def _as_often_as_it_takes(work: Callable[[], Coroutine[None, None, Version]]) -> Version:
-    """Publish a version that is durable: its task cannot fail any more for want of something."""
+_PASSING = (OSError, MemoryError, LimitExceededError, UnavailableError)
+"""What passes once its cause is gone, without anything being done here."""
+
+
+async def _as_often_as_it_takes(work: Callable[[], Coroutine[None, None, T]]) -> T:
+    """Do what is to be done with a version that is durable: its task cannot fail any more."""
     while True:
         try:
             return await work()
-        except (OSError, LimitExceededError, UnavailableError) as error:
+        except _PASSING as error:
             log.warning("cannot publish yet, trying on: %s", error)
             await asyncio.sleep(RETRY_SECONDS)
 

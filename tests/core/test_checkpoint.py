@@ -10,12 +10,13 @@ import torch
 
 from inflora_core import checkpoint
 from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
-from inflora_core.checkpoint import FILE, Checkpoint
+from inflora_core.checkpoint import Checkpoint
 from inflora_core.config import LearnConfig
 from inflora_core.errors import CancelledError
 from inflora_core.learner import learn_task
 from inflora_core.model import ContinualModel, Learned, Progress, Stage
 from inflora_core.progress import Tracker
+from inflora_core.spool import CHECKPOINT
 from inflora_core.store import initial_layer
 from tests.core import tiny
 from tests.core.test_store import assert_same
@@ -87,11 +88,11 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
     whole = teaching.learn(**changes)
     steps, epochs = teaching.steps, len(whole.report.epoch_losses)
     assert epochs > 2
-    (teaching.folder / FILE).unlink()
+    (teaching.folder / CHECKPOINT).unlink()
     for until in range(1, epochs):
         with pytest.raises(CancelledError):
             teaching.learn(until, **changes)
-        assert (teaching.folder / FILE).exists()
+        assert (teaching.folder / CHECKPOINT).exists()
     resumed = teaching.learn(**changes)
     assert_same_learned(resumed, whole)
     assert teaching.steps < steps / 2, "what was trained is not trained again"
@@ -112,7 +113,7 @@ def test_a_damaged_checkpoint_is_not_taken_up(
     teaching: Teaching, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = teaching.learn(epochs=3)
-    path = teaching.folder / FILE
+    path = teaching.folder / CHECKPOINT
     path.unlink()
     with pytest.raises(CancelledError):
         teaching.learn(1, epochs=3)
@@ -141,4 +142,4 @@ def test_a_disk_that_takes_no_checkpoint_does_not_end_training(
     learned = teaching.learn(epochs=2)
     assert len(learned.report.epoch_losses) == 2
     assert "no checkpoint could be written" in caplog.text
-    assert not (teaching.folder / FILE).exists()
+    assert not (teaching.folder / CHECKPOINT).exists()

@@ -669,6 +669,7 @@ def test_labels_are_returned_as_they_are(label: str):
     ("label", "why"),
     [
         ("", "empty"),
+        ("[forgotten]", "stands for the names"),
         ("x" * 201, "201 characters"),
         ("cafe\u0301", "unicodedata.normalize('NFC', label)"),
         ("\u212b", "NFC"),  # the unit angstrom, which NFC makes the letter

@@ -262,6 +262,28 @@ def test_a_damaged_file_is_not_blamed_on_the_provider(monkeypatch: pytest.Monkey
 # --- Damaged files ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "what", ["std::bad_alloc", "Failed to allocate memory for requested buffer"]
+)
+def test_a_lack_of_memory_is_no_damage(file: bytes, monkeypatch: pytest.MonkeyPatch, what: str):
+    """Whoever took it for damage would give the version up."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(f"[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : {what}")
+
+    predictor = Predictor.load(file, RuntimeOptions(1, "cpu"))
+    image = np.zeros((8, 8, 3), np.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(ort.InferenceSession, "__init__", fail)
+        with pytest.raises(MemoryError, match=what):
+            Predictor.load(file, RuntimeOptions(1, "cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ort.InferenceSession, "run", fail)
+        with pytest.raises(MemoryError, match=what):
+            predictor.predict([image])
+    assert len(predictor.predict([image])) == 1
+
+
 def test_a_file_cut_anywhere_is_damaged(file: bytes):
     cuts = {*range(0, len(file), max(len(file) // 60, 1)), *range(len(file) - 60, len(file))}
     for cut in sorted(cuts):

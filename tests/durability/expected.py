@@ -180,6 +180,7 @@ class Expected:
     paused: str | None = None
     moves: list[tuple[bool, int | None, int]] = field(default_factory=list)
     _parent: int | None = None
+    _overtaken: bool = False
     _at: int = 0
     _epoch: int = 0
     _made: int | None = None
@@ -221,6 +222,11 @@ class Expected:
             raise RefusedError("GATE")
         self.check_usable(number)
         self._move(number)
+        if self.running is not None and number != self._parent:
+            self._overtaken = True
+            if self._made is None and self.paused != "PUBLISHING":
+                self.hold = self.paused = None
+                self._begin_again()
 
     def _move(self, number: int) -> None:
         self.forgotten |= self.versions[number].forgets
@@ -306,7 +312,11 @@ class Expected:
 
     def _begin(self, task: Task) -> None:
         task.state = "LEARNING"
-        self.running, self._parent, self._made = task, self.current, None
+        self.running, self._made = task, None
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        self._parent, self._overtaken = self.current, False
         self._at = self._epoch = 0
 
     def _come_by(self, task: Task, point: str) -> None:
@@ -335,20 +345,27 @@ class Expected:
         if self._made is not None:
             self._publish(task, self._made)
             return
+        if self._overtaken:
+            self._begin_again()
+            return
         task.crashes = 1 if self._epoch > task.furthest else task.crashes + 1
         task.furthest = max(self._epoch, task.furthest)
         self._at = 0
         if task.crashes >= self.attempts:
             self._end(task, "SET_ASIDE", "LEARNER_CRASHED")
 
-    def restart(self) -> None:
-        """The server stops, or dies, and another takes up what it left."""
+    def restart(self, *, killed: bool) -> None:
+        """The server stops, or is killed, and another takes up what it left."""
         task, self.running, self.paused = self.running, None, None
         if task is not None and self._made is not None:
             self._publish(task, self._made)
         elif task is not None:
             task.state = "QUEUED"
-            self.queue.append(task)
+            task.crashes += killed
+            if task.crashes >= self.attempts:
+                self._end(task, "SET_ASIDE", "LEARNER_CRASHED")
+            else:
+                self.queue.append(task)
         self.queue.sort(key=lambda each: each.number)
 
     # -- what comes of tasks ------------------------------------------------------------------
@@ -382,6 +399,11 @@ class Expected:
         task.version = number
         if self.versions[number].candidate:
             self._end(task, "HELD_BACK", "GATE")
+            return
+        # What is to be forgotten is forgotten whatever comes between.
+        expected = (self.versions[number].parent, number)
+        if not isinstance(task.request, Forget) and self.current not in expected:
+            self._end(task, "HELD_BACK", "OVERTAKEN")
             return
         self._move(number)
         if isinstance(task.request, Forget) and task.request.purge:

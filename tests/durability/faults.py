@@ -26,7 +26,7 @@ from pathlib import Path
 
 from inflora_client import Client
 from inflora_client.errors import ResourceExhaustedError, StatusError, TaskFailedError
-from inflora_core import durable
+from inflora_core import audit, durable
 from inflora_core.failpoints import POINTS, VARIABLE
 from inflora_core.store import Store
 from inflora_service.doctor import Severity, examine
@@ -38,6 +38,7 @@ from tests.durability.kills import (
     PAUSE,
     PLAN,
     differences,
+    still_moves,
     take,
     uninterrupted,
 )
@@ -142,6 +143,8 @@ class Run:
             self.state.reached.append(point)
         else:
             self.state.violations.append(f"failpoint {point} was never reached")
+        for fault in still_moves(audit.verify(server.store)):
+            self.state.violations.append(f"{point}: {fault}")
         for finding in examine(server.store).found:
             if finding.severity is not Severity.NOTE:
                 self.state.violations.append(f"{point}: {finding.path}: {finding.problem}")

@@ -27,7 +27,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -38,7 +38,7 @@ import numpy as np
 from PIL import Image
 
 from inflora_client import Client, RetryPolicy
-from inflora_client.errors import InfloraClientError, TaskFailedError
+from inflora_client.errors import InfloraClientError, StatusError, TaskFailedError
 from inflora_core import audit, durable, edits
 from inflora_core.config import Limits
 from inflora_core.failpoints import POINTS, VARIABLE
@@ -263,7 +263,7 @@ class Run:
         versions = self.store / "models" / "default" / "versions"
         with (self.folder / f"answers-{who}.jsonl").open("a") as file:
             while not self.over.is_set():
-                with suppress(InfloraClientError), self.client() as client:
+                with self.tolerated(), self.client() as client:
                     # With a pause: the worker, which has to wait for them, should get on as well.
                     while not self.over.wait(PAUSE):
                         asked = (asked + 1) % len(IMAGES)
@@ -280,6 +280,20 @@ class Run:
                             file.flush()
                         recent = [*recent, answer][-len(IMAGES) :]
                 self.over.wait(0.05)
+
+    @contextmanager
+    def tolerated(self) -> Iterator[None]:
+        """Go on after an error that a client must expect of a server that comes and goes."""
+        try:
+            yield
+        except StatusError as error:
+            untaught = error.reason == "WRONG_STATE" and not self.state.versions
+            # Of a connection that is cut, gRPC says one of several things, and the server nothing.
+            cut = not error.reason and error.code in ("UNAVAILABLE", "CANCELLED", "UNKNOWN")
+            if not (untaught or cut or error.reason == "UNAVAILABLE"):
+                self.violated(f"a prediction failed: {error!r}")
+        except Exception as error:
+            self.violated(f"a prediction failed: {error!r}")
 
     def violated(self, what: str) -> None:
         print("VIOLATION:", what, flush=True)
@@ -462,18 +476,33 @@ def faults(state: State, copies: Copies, store: Store, reference: Store) -> Iter
     if sorted(acknowledged) != sorted(log.history.accepted):
         yield "the audit log and the clients do not know the same tasks"
     yield from (fault.problem for fault in log.faults)
+    yield from still_moves(log)
     for who in range(2):
         answers = list(read_answers(copies.folder / f"answers-{who}.jsonl"))
+        if not answers:
+            yield f"client {who} was never answered"
         seen = [number for number, _ in groupby(number for number, _, _ in answers)]
         if not is_part(seen, log.history.current):
             yield f"client {who} saw versions that were not current in that order"
+        forgotten: set[str] = set()
         for number, image, scores in answers:
+            missing = copies.missing(number, scores)
+            if back := forgotten & (copies.classes(number) - missing):
+                yield f"client {who} saw version {number} with {back}, forgotten before"
+            forgotten |= missing
             if (fault := copies.fault(number, image, scores)) is not None:
                 yield f"client {who}: {fault}"
     for finding in examine(store.root).found:
         if finding.severity is not Severity.NOTE:
             yield f"doctor: {finding.path}: {finding.problem}"
     yield from differences(store, reference)
+
+
+def still_moves(log: audit.Reading) -> Iterator[str]:
+    """Yield moves of the audit log from a version to the same one."""
+    for line in log.lines:
+        if line.event in audit.MOVES and line.version_from == line.version_to:
+            yield f"audit log: {line.event}, from version {line.version_from} to itself"
 
 
 def read_answers(path: Path) -> Iterator[tuple[int, int, dict[str, float]]]:
@@ -513,11 +542,11 @@ class Copies:
         self.compared = 0
         self.predictor = cache(self._predictor)
         self.answer = cache(self._answer)
+        self._version = cache(self._store.version)
 
     def fault(self, number: int, image: int, scores: dict[str, float]) -> str | None:
         """Return what is wrong with an answer, None if nothing is."""
-        version = self._store.version(number)
-        missing = frozenset(entry.key for entry in version.classes if entry.label not in scores)
+        missing = self.missing(number, scores)
         if not missing <= self._forgotten:
             return f"version {number} leaves out classes that nobody forgot"
         expected = self.answer(number, missing, image)
@@ -528,6 +557,15 @@ class Copies:
             return f"version {number} answers otherwise than its file"
         self.compared += 1
         return None
+
+    def classes(self, number: int) -> frozenset[str]:
+        """Return the keys of the classes that a version was made with."""
+        return frozenset(entry.key for entry in self._version(number).classes)
+
+    def missing(self, number: int, scores: dict[str, float]) -> frozenset[str]:
+        """Return the keys of those that an answer leaves out."""
+        classes = self._version(number).classes
+        return frozenset(entry.key for entry in classes if entry.label not in scores)
 
     def _predictor(self, number: int, missing: frozenset[str]) -> Predictor:
         path = self._store.path(number, ONNX_FILE)

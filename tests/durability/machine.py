@@ -7,8 +7,8 @@ import functools
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -187,7 +187,8 @@ class Machine(RuleBasedStateMachine):
     @step(task=TASKS)
     def cancel(self, task: int) -> None:
         name = self.expected.tasks[task].id
-        self.both(self.client.cancel(name), lambda: self.expected.cancel(task))
+        with self.releasing():
+            self.both(self.client.cancel(name), lambda: self.expected.cancel(task))
 
     @precondition(lambda self: self.expected.tasks)
     @step(task=TASKS)
@@ -197,10 +198,7 @@ class Machine(RuleBasedStateMachine):
 
     @step(version=VERSIONS, force=st.booleans())
     def promote(self, version: int, force: bool) -> None:
-        self.both(
-            self.client.promote(version, force=force),
-            lambda: self.expected.promote(version, force),
-        )
+        self.make_current(version, force)
 
     @step(version=VERSIONS, colour=COLOURS)
     def predict(self, version: int, colour: Colour) -> None:
@@ -212,13 +210,13 @@ class Machine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.server.process.send_signal(signal.SIGTERM)
         assert self.server.process.wait(PATIENCE) == 0, self.log()
-        self.start_again()
+        self.start_again(killed=False)
 
     @step()
     def kill_server(self) -> None:
         self.server.process.kill()
         self.server.process.wait(PATIENCE)
-        self.start_again()
+        self.start_again(killed=True)
 
     # -- what has to hold -----------------------------------------------------------------------
 
@@ -372,6 +370,25 @@ class Machine(RuleBasedStateMachine):
         same(found, wanted)
         return answer
 
+    def make_current(self, version: int, force: bool) -> None:
+        """Promote a version, which may not be there."""
+        with self.releasing():
+            self.both(
+                self.client.promote(version, force=force),
+                lambda: self.expected.promote(version, force),
+            )
+
+    @contextmanager
+    def releasing(self) -> Iterator[None]:
+        """Do something that may give up what the worker is held at."""
+        paused = self.expected.paused
+        yield
+        if paused is not None and self.expected.paused is None:
+            self.released(paused)
+
+    def released(self, point: str) -> None:
+        """The worker is not held at ``point`` any more."""
+
     def sent(self, request: Request) -> None:
         """Send a new request."""
         number = len(self.expected.tasks)
@@ -435,10 +452,10 @@ class Machine(RuleBasedStateMachine):
         )
         self.process.callback(lambda: self.loop.run(self.client.close()))
 
-    def start_again(self) -> None:
-        """Start another server after one that is dead."""
+    def start_again(self, *, killed: bool) -> None:
+        """Start another server after one that has ended."""
         self.process.close()
-        self.expected.restart()
+        self.expected.restart(killed=killed)
         self.start()
 
 

@@ -121,7 +121,7 @@ class Real(Machine):
 
     def kill_server_now(self) -> None:
         self.server.process.kill()
-        self.start_again()
+        self.start_again(killed=True)
 
     def cancel_newest(self) -> None:
         """Give the newest task up, if that is still possible."""

@@ -17,9 +17,9 @@ from tests.durability.machine import (
     LABELS,
     PATIENCE,
     ROOM,
-    TASKS,
     TEACH,
     UPDATE,
+    VERSIONS,
     Machine,
     in_time,
     step,
@@ -96,16 +96,6 @@ class Scripted(Machine):
     def learn_badly(self, label: str) -> None:
         self.sent(Teach(((label, BLACK),)))
 
-    @precondition(lambda self: self.expected.tasks)
-    @step(task=TASKS)
-    def cancel(self, task: int) -> None:
-        paused = self.expected.paused
-        works = self.expected.running is self.expected.tasks[task]
-        name = self.expected.tasks[task].id
-        self.both(self.client.cancel(name), lambda: self.expected.cancel(task))
-        if works and paused is not None and self.expected.paused is None:
-            self.script.release(paused)
-
     # -- the worker ---------------------------------------------------------------------------
 
     @precondition(lambda self: self.expected.hold is None)
@@ -118,6 +108,16 @@ class Scripted(Machine):
     def hold_at_work(self, point: str, request: Request) -> None:
         self.hold_at(point)
         self.sent(request)
+
+    @precondition(lambda self: self.expected.hold is None and self.expected.versions)
+    @step(point=POINTS, request=TEACH | FORGET | UPDATE, version=VERSIONS, again=st.booleans())
+    def promote_at_work(self, point: str, request: Request, version: int, again: bool) -> None:
+        self.hold_at(point)
+        self.sent(request)
+        self.settle()
+        self.make_current(version, force=False)
+        if again and self.expected.paused is not None:
+            self.kill_held_worker(again)
 
     @precondition(lambda self: self.expected.paused)
     @step(hold=POINTS)
@@ -163,6 +163,9 @@ class Scripted(Machine):
         self.worker_started()
 
     # -- how it is done -----------------------------------------------------------------------
+
+    def released(self, point: str) -> None:
+        self.script.release(point)
 
     def hold_at(self, point: str) -> None:
         self.expected.hold = point

@@ -136,6 +136,10 @@ class Script:
         _, go_on = self._waiting.pop(point)
         go_on(answer or {"do": "go"})
 
+    def gone(self) -> None:
+        """The worker has ended with its server: it waits nowhere."""
+        self._waiting.clear()
+
     def kill(self, number: signal.Signals) -> None:
         """Send the worker a signal, wherever it is."""
         self._waiting.clear()

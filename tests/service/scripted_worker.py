@@ -70,7 +70,7 @@ class Worker:
         self.script.sendall(json.dumps(question).encode() + b"\n")
         while True:
             task = command and command.get("task")
-            if task in self.cancelled and STAGES.index(point) < STAGES.index("PUBLISHING"):
+            if task in self.cancelled and POINTS.index(point) < POINTS.index("PUBLISHING"):
                 raise CancelledError
             message = self.inbox.get()
             if message.get("number") == self.questions:
@@ -89,6 +89,7 @@ class Worker:
         if message.get("command") == "cancel":
             self.cancelled.add(message["task"])
         elif "command" in message:
+            self.cancelled.discard(message.get("task"))
             self.commands.append(message)
 
     def next_command(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -19,14 +21,15 @@ from hypothesis import strategies as st
 
 from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import model_service_pb2 as model_pb
-from inflora_core import audit
+from inflora_core import audit, canary
 from inflora_core.config import Retention
 from inflora_core.errors import InfloraError, NotFoundError, StoreFormatError, UnavailableError
-from inflora_core.model import ContinualModel
+from inflora_core.model import ContinualModel, TaskState
 from inflora_core.spool import ORIGIN, SpoolWriter, check_spool
 from inflora_core.store import ONNX_FILE, Store
 from inflora_service import store_lock
 from inflora_service.doctor import Diagnosis, Severity, examine
+from inflora_service.records import TaskRecords
 from inflora_service.server import Server, Settings
 from inflora_service.store_lock import StoreLock
 from tests.core.test_store import assert_same
@@ -384,6 +387,57 @@ def test_other_examples_than_the_task_s(store: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "other", spool)
     (found,) = examine(store).found
     assert "not those of its task" in found.problem
+
+
+def test_two_versions_of_one_task(store: Path) -> None:
+    shutil.copytree(store / VERSIONS / "00000004", store / VERSIONS / "00000007")
+    manifest = store / VERSIONS / "00000007" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"number": 4', b'"number": 7', 1))
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    (manifest.with_name("manifest.sha256")).write_text(f"{digest}  manifest.json\n")
+    damage = [each for each in examine(store).found if each.severity is Severity.DAMAGE]
+    assert any("versions 4, 7 are all of task" in each.problem for each in damage)
+
+
+def test_a_version_of_a_task_that_failed(store: Path) -> None:
+    records = TaskRecords(store)
+    (name,) = (v.task for v in Store(store).manifests() if v.number == 4)
+    snapshot = records.get(name)
+    failed = replace(snapshot.task, state=TaskState.FAILED, version=None)
+    records.update(replace(snapshot, task=failed))
+    records.close()
+    (finding,) = (each for each in examine(store).found if "is FAILED" in each.problem)
+    assert (finding.severity, finding.path) == (Severity.WARNING, f"{VERSIONS}/00000004")
+
+
+def test_canary_images(store: Path) -> None:
+    version = Store(store).version(6)
+    known, forgotten = version.classes[0].key, next(iter(Store(store).forgotten().keys))
+    for key in (known, forgotten, ".draft.x"):
+        canary.keep(store, key, [png()])
+    found = {each.path: each for each in examine(store).found}
+    assert found.keys() == {f"canary/{forgotten}", "canary/.draft.x"}
+    assert not examine(store, repair=True).found
+    assert canary.keys(store) == {known}
+    spoil(store / "canary" / known / "0000")
+    (finding,) = examine(store, repair=True).found
+    assert (finding.severity, finding.path) == (Severity.WARNING, f"canary/{known}")
+
+
+def test_kept_examples(store: Path) -> None:
+    """Those of a task are no fault, nobody's are, and so are damaged ones."""
+    (name,) = (v.task for v in Store(store).manifests() if v.number == 4)
+    for folder in (name, "20260101-000000-00000000"):
+        with SpoolWriter(store / "examples" / folder) as writer:
+            writer.add(png(), "white")
+            writer.finish()
+    (finding,) = examine(store, repair=True).found
+    assert finding.path == "examples/20260101-000000-00000000"
+    shutil.rmtree(store / finding.path)
+    assert examine(store) == Diagnosis(())
+    spoil(store / "examples" / name / "images.bin")
+    (finding,) = examine(store, repair=True).found
+    assert (finding.severity, finding.path) == (Severity.WARNING, f"examples/{name}")
 
 
 def test_a_list_is_made_again_where_a_manifest_is_damaged_too(store: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -364,6 +365,36 @@ async def test_expiry_goes_by_the_clock_that_never_goes_back(
     assert spool.exists()
     await desk.passes(1)
     assert not spool.exists()
+
+
+async def test_one_that_is_continued_while_another_expires_stays(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not deleted either when it breaks off again meanwhile."""
+    desk = Desk(settings)
+    spools = [await desk.begin(name) for name in "ab"]
+    loop, removing, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    remove = Examples.remove
+
+    def slow(examples: Examples, spool: str, **named: bool) -> None:
+        if spool == "a":
+            loop.call_soon_threadsafe(removing.set)
+            assert go_on.wait(60)
+        remove(examples, spool, **named)
+
+    monkeypatch.setattr(Examples, "remove", slow)
+    expiring = asyncio.ensure_future(desk.passes(600))
+    await removing.wait()
+    with contextlib.suppress(asyncio.CancelledError):
+        async with desk.uploads.open(TaskRequest("", "b", {}, resume_from=1), "new") as upload:
+            await upload.add([Example(png(), "a")])
+            raise asyncio.CancelledError
+    go_on.set()
+    await expiring
+    assert [spool.exists() for spool in spools] == [False, True]
+    found = await desk.uploads.query("b")
+    assert found is not None
+    assert found.count == 2
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,8 @@ class ModelServiceServicer(object):
 
     def PromoteVersion(self, request, context):
         """Makes a version current once it is loaded and warm. Rolling back is promoting an older one;
-        what is learned next builds on the current version. Promoting the current version is no error.
+        what is learned next builds on the current version, and what is being learned begins anew on it.
+        Promoting the current version is no error.
         A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and

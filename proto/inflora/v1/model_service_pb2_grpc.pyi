@@ -61,7 +61,8 @@ class ModelServiceStub:
     """
     PromoteVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PromoteVersionRequest, _model_service_pb2.PromoteVersionResponse]
     """Makes a version current once it is loaded and warm. Rolling back is promoting an older one;
-    what is learned next builds on the current version. Promoting the current version is no error.
+    what is learned next builds on the current version, and what is being learned begins anew on it.
+    Promoting the current version is no error.
     A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
@@ -132,7 +133,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     PromoteVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PromoteVersionRequest, _model_service_pb2.PromoteVersionResponse]  # type: ignore[assignment]
     """Makes a version current once it is loaded and warm. Rolling back is promoting an older one;
-    what is learned next builds on the current version. Promoting the current version is no error.
+    what is learned next builds on the current version, and what is being learned begins anew on it.
+    Promoting the current version is no error.
     A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
     Errors: as GetVersion, and
@@ -218,7 +220,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.PromoteVersionResponse, _abc.Awaitable[_model_service_pb2.PromoteVersionResponse]]:
         """Makes a version current once it is loaded and warm. Rolling back is promoting an older one;
-        what is learned next builds on the current version. Promoting the current version is no error.
+        what is learned next builds on the current version, and what is being learned begins anew on it.
+        Promoting the current version is no error.
         A `model.onnx` that is lost or damaged is made again, if the version's other files are sound.
 
         Errors: as GetVersion, and

@@ -40,12 +40,13 @@ class _TaskStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskState.V
     TASK_STATE_CANCELLED: _TaskState.ValueType  # 5
     """Ended on request. No version came of it."""
     TASK_STATE_HELD_BACK: _TaskState.ValueType  # 6
-    """Ended: `Task.version` is stored, but as a candidate. `Task.error` says what the publish gate has
-    against it.
+    """Ended: `Task.version` is stored, but not current. `Task.error` says what the publish gate has
+    against it (reason GATE: it is a candidate), or that another version was promoted while it was
+    being written (reason OVERTAKEN: it can be promoted as any other).
     """
     TASK_STATE_SET_ASIDE: _TaskState.ValueType  # 7
-    """Ended, for now: learning workers kept dying in work on it, as `Task.error` says. Its examples are
-    kept until it is tried again (RetryTask) or given up (CancelTask).
+    """Ended, for now: learning workers, or servers, kept dying in work on it, as `Task.error` says. Its
+    examples are kept until it is tried again (RetryTask) or given up (CancelTask).
     """
 
 class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
@@ -64,12 +65,13 @@ TASK_STATE_FAILED: TaskState.ValueType  # 4
 TASK_STATE_CANCELLED: TaskState.ValueType  # 5
 """Ended on request. No version came of it."""
 TASK_STATE_HELD_BACK: TaskState.ValueType  # 6
-"""Ended: `Task.version` is stored, but as a candidate. `Task.error` says what the publish gate has
-against it.
+"""Ended: `Task.version` is stored, but not current. `Task.error` says what the publish gate has
+against it (reason GATE: it is a candidate), or that another version was promoted while it was
+being written (reason OVERTAKEN: it can be promoted as any other).
 """
 TASK_STATE_SET_ASIDE: TaskState.ValueType  # 7
-"""Ended, for now: learning workers kept dying in work on it, as `Task.error` says. Its examples are
-kept until it is tried again (RetryTask) or given up (CancelTask).
+"""Ended, for now: learning workers, or servers, kept dying in work on it, as `Task.error` says. Its
+examples are kept until it is tried again (RetryTask) or given up (CancelTask).
 """
 Global___TaskState: _TypeAlias = TaskState  # noqa: Y015
 
