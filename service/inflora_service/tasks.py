@@ -175,7 +175,7 @@ class TaskQueue:
         self._space = space
         self._live: dict[str, _Live] = {}
         self._queue: deque[_Live] = deque()
-        self._publishable: list[tuple[_Live, int]] = []
+        self._left_over: list[tuple[_Live, Coroutine[None, None, None]]] = []
         self._arrival = asyncio.Event()
         self._accepting = asyncio.Lock()
         self._stopping = False
@@ -189,7 +189,7 @@ class TaskQueue:
                 self._queue.append(live)
             elif (number := await self._version_of(task)) is not None:
                 live.progress = Progress(Stage.PUBLISHING, 1.0)
-                self._publishable.append((live, number))
+                self._left_over.append((live, self._publish(live, number)))
             else:
                 await self._take_up(live)
         await asyncio.to_thread(self._examples.open)
@@ -204,7 +204,7 @@ class TaskQueue:
         ]
 
     async def _take_up(self, live: _Live) -> None:
-        """Queue again, or set aside, a task that the last process was killed at.
+        """Queue again, or have set aside, a task that the last process was killed at.
 
         A worker that takes all memory may take the server along: a container is ended as a whole.
         """
@@ -213,22 +213,23 @@ class TaskQueue:
             folder = self._examples.spools / live.task.id
             reached = await asyncio.to_thread(checkpoint_sum, folder)
         crashes = live.task.crashes + 1 if reached == live.task.killed_at else 1
-        task = replace(
+        live.task = replace(
             live.task, state=TaskState.QUEUED, start_time=None, crashes=crashes, killed_at=reached
         )
         if crashes >= self._limits.task_attempts:
-            live.task = task
-            message = f"the server was killed {crashes} times in a row while it learned this"
-            failure = Failure(LearnerCrashedError.reason, message)
-            await self._end(live, TaskState.SET_ASIDE, failure=failure)
+            self._left_over.append((live, self._give_up(live)))
             return
+        self._queue.append(live)
         try:
-            await asyncio.to_thread(self._records.update, Snapshot(task))
+            await asyncio.to_thread(self._records.update, live.snapshot)
         except InfloraError as error:
             # It is unfinished by its record all the same, and predictions are to be answered.
-            log.warning("that task %s was taken up is not written down: %s", task.id, error)
-        live.task = task
-        self._queue.append(live)
+            log.warning("that a task was taken up is not written down: %s", error)
+
+    async def _give_up(self, live: _Live) -> None:
+        raise LearnerCrashedError(
+            f"the server was killed {live.task.crashes} times in a row while it learned this"
+        )
 
     async def _known(self) -> set[str]:
         """Return the tasks that there ever were: their spools are no uploads that broke off.
@@ -251,6 +252,8 @@ class TaskQueue:
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
+        for _, work in self._left_over:
+            work.close()
         for live in self._live.values():
             if live.task.state is TaskState.LEARNING and live.over is None:
                 # Not killed: the next process need not count this as an attempt.
@@ -598,8 +601,8 @@ class TaskQueue:
     # -- working ----------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        for live, number in self._publishable:
-            await self._guarded(live, self._publish(live, number))
+        for live, work in self._left_over:
+            await self._guarded(live, work)
         await self._retain()
         while True:
             live = await self._head()

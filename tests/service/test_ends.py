@@ -281,7 +281,7 @@ async def test_a_task_that_takes_the_server_along_is_set_aside(
         task = await killed_at_work(await start(), script, task)
     assert task is not None
     running = await start()
-    aside = await running.get(task.name)
+    aside = await running.ended(task.name)
     assert aside.state == pb.TASK_STATE_SET_ASIDE
     assert "the server was killed 3 times" in aside.error.message
     script.pass_from_now_on("TRAINING")
