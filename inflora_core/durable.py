@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _SHORTAGES: dict[int, tuple[type[InfloraError], str]] = {
     errno.ENOMEM: (LimitExceededError, "memory is full"),
     errno.EROFS: (UnavailableError, "disk is read-only"),
 }
+_DRAFT = re.compile(r"\..+\.[0-9a-f]{32}")
 _DAMAGED = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
     *(errno.EIO, errno.EBADMSG, errno.EUCLEAN),
@@ -71,6 +73,11 @@ def replace(path: Path, data: bytes) -> None:
         raise
     failpoints.reach("replace.renamed")
     sync_folder(path.parent)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a file is what ``replace`` leaves when it is interrupted."""
+    return _DRAFT.fullmatch(path.name) is not None and path.is_file()
 
 
 def append(path: Path, data: bytes, at: int) -> None:

@@ -221,6 +221,11 @@ class Store:
             else:
                 draft.unlink()
 
+    def half_replaced(self) -> Iterator[Path]:
+        """Yield what is left of files that were to replace others when their writer ended."""
+        for folder in (self.root, self._model, *sorted(self._versions.glob("*/"))):
+            yield from filter(durable.is_draft, sorted(folder.glob(".*")))
+
     # -- the backbone -----------------------------------------------------------------------
 
     def set_backbone(

@@ -48,8 +48,6 @@ WHO = "doctor"
 SOUND, DAMAGED, CANNOT_LOOK = 0, 1, 2
 """Exit statuses."""
 
-_DRAFT = re.compile(r"\..+\.[0-9a-f]{32}")
-"""Names of what ``durable.replace`` writes before it replaces something."""
 _KEY = re.compile(rb'"([^"\s]+\.\d+)"')
 """A class's key in a damaged list of forgotten classes."""
 _SUM = re.compile(rb"([0-9a-f]{64}  manifest\.json\n){1,2}")
@@ -721,16 +719,13 @@ class _Examination:
                 "it can be removed; the next start does it, too",
                 _removing(path),
             )
-        folders = (self._root, self._model, *sorted((self._model / "versions").glob("*/")))
-        for folder in folders:
-            for path in sorted(folder.glob(".*")):
-                if _DRAFT.fullmatch(path.name) and path.is_file():
-                    yield self._unsettled(
-                        _relative(path, self._root),
-                        "a file was being replaced when its writer ended",
-                        "it can be removed",
-                        _removing(path),
-                    )
+        for path in self._store.half_replaced():
+            yield self._unsettled(
+                _relative(path, self._root),
+                "a file was being replaced when its writer ended",
+                "it can be removed; the next start does it, too",
+                _removing(path),
+            )
         for path in sorted(self._root.glob("audit.torn-*")):
             yield _note(
                 path.name,

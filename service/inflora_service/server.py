@@ -255,7 +255,8 @@ class Server:
         And the list of forgotten classes, without which nothing could be loaded: what the audit log
         says was forgotten stays so, should the list have been lost. A purge may have passed over a
         version whose manifest is sound again: it is finished. Canary images go that nobody asks for
-        any more. What the log says was pinned or retired is so, too.
+        any more, and files that were half replaced. What the log says was pinned or retired is so,
+        too.
         """
         store.backbone()
         store.forget(history.forgotten)
@@ -263,8 +264,10 @@ class Server:
         try:
             store.purge(history.purged)
             store.clear_canaries(all_of_them=not self._settings.canary_images)
+            for path in store.half_replaced():
+                path.unlink()
         except OSError as error:
-            log.warning("what a purge left behind stays until the next start: %s", error)
+            log.warning("what was left behind stays until the next start: %s", error)
         if self._settings.backbone is not None:
             backbone_source.check(store.root, self._asked_backbone())
 

@@ -148,6 +148,7 @@ class Version:
     classes: Table
     forgets: frozenset[Key] = frozenset()
     candidate: bool = False
+    pinned: bool = False
 
 
 @dataclass
@@ -227,6 +228,14 @@ class Expected:
             if self._made is None and self.paused != "PUBLISHING":
                 self.hold = self.paused = None
                 self._begin_again()
+
+    def pin(self, number: int, pinned: bool) -> None:
+        """Somebody pins a version, or lets it go."""
+        if number not in self.versions:
+            raise RefusedError("NOT_FOUND")
+        if pinned:
+            self.check_usable(number)
+        self.versions[number] = replace(self.versions[number], pinned=pinned)
 
     def _move(self, number: int) -> None:
         self.forgotten |= self.versions[number].forgets

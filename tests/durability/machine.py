@@ -200,6 +200,11 @@ class Machine(RuleBasedStateMachine):
     def promote(self, version: int, force: bool) -> None:
         self.make_current(version, force)
 
+    @step(version=VERSIONS, pinned=st.booleans())
+    def pin(self, version: int, pinned: bool) -> None:
+        pin = self.client.pin if pinned else self.client.unpin
+        self.both(pin(version), lambda: self.expected.pin(version, pinned))
+
     @step(version=VERSIONS, colour=COLOURS)
     def predict(self, version: int, colour: Colour) -> None:
         self.ask(version, colour)
@@ -258,6 +263,7 @@ class Machine(RuleBasedStateMachine):
                 version.candidate,
                 version.purged,
                 version.current,
+                version.pinned,
                 store.version(version.number).state.value,
             )
             for version in self.loop.run(listed(self.client.versions()))
@@ -273,6 +279,7 @@ class Machine(RuleBasedStateMachine):
                 version.candidate,
                 expected.state(version.number) == "PURGED",
                 version.number == expected.current,
+                version.pinned,
                 expected.state(version.number),
             )
             for version in expected.versions.values()

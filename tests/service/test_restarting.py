@@ -96,8 +96,12 @@ async def test_what_nobody_was_told_of_is_removed(
     orphan = settings.store / "spool" / "20260101-000000-00000000"
     orphan.mkdir(parents=True)
     (orphan / "images.bin").write_bytes(b"half an upl")
+    half = settings.store / f".CURRENT.{'0' * 32}"
+    half.write_bytes(b"1 ")
+    ours = settings.store / ".notes.txt"
+    ours.write_text("an operator's")
     running = await start()
-    assert not orphan.exists()
+    assert (orphan.exists(), half.exists(), ours.exists()) == (False, False, True)
     await running.learn({"a": [png()]})
 
 
