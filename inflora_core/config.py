@@ -211,6 +211,10 @@ class Limits(BaseModel):
     """One gRPC message."""
     predict_images: int = Field(256, ge=1)
     """Images of one Predict call."""
+    predict_waiting_images: int = Field(1024, ge=1)
+    """Images of all Predict calls that are not answered yet; a call that is alone may have more."""
+    predict_waiting_bytes: int = Field(2**28, ge=1)
+    """Encoded; likewise."""
     task_images: int = Field(50_000, ge=1)
     """The learner holds them all at model size, and again in two parts while it learns: twice
     7.5 GB at 224 x 224."""

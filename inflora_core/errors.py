@@ -99,6 +99,12 @@ class CancelledError(InfloraError):
     reason = "CANCELLED"
 
 
+class DeadlineError(InfloraError):
+    """It cannot be done by the time that the caller gave."""
+
+    reason = "DEADLINE"
+
+
 class DamagedError(InfloraError):
     """Stored data does not have its recorded checksum, or cannot be read."""
 
@@ -145,6 +151,7 @@ ERRORS_BY_REASON: dict[str, type[InfloraError]] = {
         OutOfRangeError,
         UnavailableError,
         CancelledError,
+        DeadlineError,
         DamagedError,
         StoreFormatError,
         ParityError,

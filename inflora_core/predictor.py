@@ -3,6 +3,9 @@
 The file is one graph from images to answers, which devices run as it is. Here it is run as two:
 one prepares a single image of any size, the other takes a batch of model-sized tensors, because
 images of different sizes cannot be stacked.
+
+The second is opened once or twice. A run that has the processors to itself is soonest done when all
+of them share its work; several runs get most done when each keeps to its own (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +25,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from inflora_core import wire
 from inflora_core.errors import DamagedError, InvalidInputError, StateError, UnavailableError
 from inflora_core.graph import IMAGES, OUTPUTS, PIXELS, ModelCard, read_metadata, split
 
@@ -35,13 +40,25 @@ class RuntimeOptions:
     """How onnxruntime runs a model.
 
     Attributes:
-        intra_op_threads: Threads of one run; 0 means as many as this process has processors.
+        threads: Threads of all runs together; 0 means as many as this process has processors.
         provider: ``auto`` takes CUDA where it works and the CPU otherwise; ``cuda`` and ``cpu``
             insist.
+        runs: Runs on the CPU that share the threads; 0 means one for each thread.
     """
 
-    intra_op_threads: int = 0
+    threads: int = 0
     provider: Literal["auto", "cpu", "cuda"] = "auto"
+    runs: int = 1
+
+    @property
+    def all_threads(self) -> int:
+        """Threads of all runs, and of one that is alone."""
+        return self.threads or processors()
+
+    @property
+    def cpu_runs(self) -> int:
+        """Runs that share the threads, at least one thread each."""
+        return min(self.runs or self.all_threads, self.all_threads)
 
 
 @dataclass(frozen=True)
@@ -64,19 +81,44 @@ class Answers:
         """Return n."""
         return len(self.logits)
 
+    def __getitem__(self, rows: slice) -> Answers:
+        """Return the answers for some of the images."""
+        return Answers(*(array[rows] for array in self._arrays))
+
+    @classmethod
+    def joined(cls, parts: Iterable[Answers]) -> Answers:
+        """Return the answers for the images of all parts, at least one, in their order."""
+        columns = zip(*(part._arrays for part in parts), strict=True)
+        return cls(*(np.concatenate(arrays) for arrays in columns))
+
+    @property
+    def _arrays(self) -> tuple[Floats, ...]:
+        return self.logits, self.probabilities, self.embedding, self.novelty
+
 
 class Predictor:
     """One version, ready to answer. Safe to call from several threads at once.
 
     Build it with ``load``. ``card`` says which classes it knows and what they are called.
+
+    Args:
+        card: What the file says of itself.
+        preprocess: Its first part.
+        classify: Its second part, as it is run beside other runs.
+        alone: The same, with all threads; None if ``classify`` has them.
     """
 
     def __init__(
-        self, card: ModelCard, preprocess: ort.InferenceSession, classify: ort.InferenceSession
+        self,
+        card: ModelCard,
+        preprocess: ort.InferenceSession,
+        classify: ort.InferenceSession,
+        alone: ort.InferenceSession | None = None,
     ) -> None:
         self.card = card
         self._preprocess = preprocess
         self._classify = classify
+        self._alone = alone or classify
 
     @classmethod
     def load(cls, model: bytes | Path, options: RuntimeOptions | None = None) -> Predictor:
@@ -96,7 +138,8 @@ class Predictor:
         except OSError as error:
             raise DamagedError(f"the model cannot be read: {error}") from error
         try:
-            preprocess, classify = split(content)
+            skeleton, weights = wire.part(content)
+            preprocess, classify = split(skeleton)
             card = read_metadata(preprocess)
         except (DamagedError, MemoryError):
             raise
@@ -105,11 +148,11 @@ class Predictor:
             raise DamagedError(f"the ONNX file is damaged: {str(error)[:300]}") from error
         if card.version is None or not card.classes or len(card.classes) != len(card.tasks):
             raise DamagedError("the ONNX file is a template or cut short: it has no class table")
-        return cls(
-            card,
-            _open(preprocess, _preprocess_options(options), [CPU]),
-            _open_classify(classify, options),
-        )
+        with _as_file(wire.appended(classify, weights)) as file:
+            runner, alone = _open_classify(file, options), None
+            if runner.get_providers()[0] == CPU and options.cpu_runs > 1:
+                alone = _open(file, _alone_options(options), [CPU])
+        return cls(card, _open(preprocess, _preprocess_options(), [CPU]), runner, alone)
 
     @property
     def provider(self) -> str:
@@ -129,14 +172,17 @@ class Predictor:
             (pixels,) = self._preprocess.run([PIXELS], {IMAGES: image[np.newaxis]})
         return np.asarray(pixels, np.float32)
 
-    def classify(self, pixels: Floats) -> Answers:
+    def classify(self, pixels: Floats, *, alone: bool = False) -> Answers:
         """Return the answers for n >= 1 model-sized tensors.
 
         Args:
             pixels: (n, 3, height, width) float32, from ``preprocess``.
+            alone: Whether nothing else needs the processors: it may use them all. The answers are
+                the same to the bit.
         """
+        session = self._alone if alone else self._classify
         with _telling_memory():
-            answers = self._classify.run(OUTPUTS, {PIXELS: pixels})
+            answers = session.run(OUTPUTS, {PIXELS: pixels})
         return Answers(*answers)
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> Answers:
@@ -149,10 +195,53 @@ class Predictor:
             raise InvalidInputError("no images to predict", field="images")
         return self.classify(np.concatenate([self.preprocess(image) for image in images]))
 
-    def warm_up(self) -> None:
-        """Answer once, so that the first caller does not pay for what is set up lazily."""
+    def warm_up(self, batch: int = 1) -> None:
+        """Answer once in every way, so that no caller pays for what is set up lazily.
+
+        Args:
+            batch: Most images of a run.
+        """
+        pixels = self._blank()
+        for images in {1, batch}:
+            self.classify(np.repeat(pixels, images, axis=0))
+        if self._alone is not self._classify:
+            self.classify(pixels, alone=True)
+
+    def best_batch(self, most: int = 64) -> int:
+        """Find out how many images a run should take at a time.
+
+        As many as make each image cheaper by ``_WORTH_WAITING``: a larger batch keeps all of its
+        images waiting until the last one is done. On CPUs that is 1 for most models.
+
+        Args:
+            most: Where to stop, a power of 2.
+        """
+        pixels = self._blank()
+        best, cost = 1, self._cost(pixels)
+        while best < most:
+            more = self._cost(np.repeat(pixels, 2 * best, axis=0))
+            if more > cost * (1 - _WORTH_WAITING):
+                break
+            best, cost = 2 * best, more
+        return best
+
+    def _cost(self, pixels: Floats) -> float:
+        """Return the seconds for each image of a batch, the least of some trials."""
+        self.classify(pixels)
+        trials = []
+        for _ in range(3):
+            start = time.perf_counter()
+            self.classify(pixels)
+            trials.append(time.perf_counter() - start)
+        return min(trials) / len(pixels)
+
+    def _blank(self) -> Floats:
         size = self.card.preprocessing
-        self.predict([np.zeros((size.height, size.width, 3), np.uint8)])
+        return self.preprocess(np.zeros((size.height, size.width, 3), np.uint8))
+
+
+_WORTH_WAITING = 0.1
+"""Share of an image's cost that a batch of twice the size has to save."""
 
 
 def top_classes(
@@ -199,7 +288,25 @@ def softmax(logits: Floats) -> Floats:
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)
 
 
-def _open_classify(model: bytes, options: RuntimeOptions) -> ort.InferenceSession:
+@contextlib.contextmanager
+def _as_file(pieces: Sequence[bytes | memoryview]) -> Iterator[bytes | str]:
+    """Put a file together in memory; give its path, or its bytes where there are no such files.
+
+    Unlike joining them, and handing them to onnxruntime, writing and reading hold no lock of
+    Python's, and calls are answered meanwhile.
+    """
+    if not hasattr(os, "memfd_create"):
+        yield b"".join(pieces)
+        return
+    with open(os.memfd_create("inflora-model"), "wb", buffering=0) as file:
+        for piece in pieces:
+            left = memoryview(piece)
+            while left:
+                left = left[file.write(left) :]
+        yield f"/proc/self/fd/{file.fileno()}"
+
+
+def _open_classify(model: bytes | str, options: RuntimeOptions) -> ort.InferenceSession:
     """Open the classifier on the provider asked for.
 
     Raises:
@@ -213,10 +320,11 @@ def _open_classify(model: bytes, options: RuntimeOptions) -> ort.InferenceSessio
         # and the exported file must give the server's answers.
         with contextlib.suppress(DamagedError):
             session = _open(
-                model, session_options(options.intra_op_threads), [(CUDA, {"use_tf32": "0"}), CPU]
+                model, session_options(options.all_threads), [(CUDA, {"use_tf32": "0"}), CPU]
             )
     if session is None:
-        session = _open(model, session_options(options.intra_op_threads), [CPU])
+        threads = options.all_threads // options.cpu_runs
+        session = _open(model, session_options(threads), [CPU])
     actual = session.get_providers()[0]
     if options.provider == "cuda" and actual != CUDA:
         # onnxruntime itself falls back without a word; a server that was promised a GPU would be
@@ -228,7 +336,9 @@ def _open_classify(model: bytes, options: RuntimeOptions) -> ort.InferenceSessio
     return session
 
 
-def _open(model: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
+def _open(
+    model: bytes | str, options: ort.SessionOptions, providers: list[Any]
+) -> ort.InferenceSession:
     """Open a session that never changes its provider later on.
 
     Raises:
@@ -261,11 +371,13 @@ def _telling_memory() -> Iterator[None]:
         raise
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
     """Return the settings that every session of ours shares.
 
     Args:
         threads: Of one run; 0 for one on each processor.
+        spin: Whether threads that are out of work wait for more by trying again and again. Runs are
+            done sooner, and what else could use the processors later.
     """
     session = ort.SessionOptions()
     # Not 0: onnxruntime would pin a thread to every core of the machine, also in a container that
@@ -274,13 +386,19 @@ def session_options(threads: int) -> ort.SessionOptions:
     session.inter_op_num_threads = 1
     session.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     session.log_severity_level = 3  # errors
-    # Idle threads would spin on the cores that learning needs.
-    session.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    # Between runs nobody spins on the cores that decoding and learning need.
+    session.add_session_config_entry("session.force_spinning_stop", "1")
     return session
 
 
-def _preprocess_options(options: RuntimeOptions) -> ort.SessionOptions:
-    session = session_options(options.intra_op_threads)
+def _alone_options(options: RuntimeOptions) -> ort.SessionOptions:
+    return session_options(options.all_threads, spin=True)
+
+
+def _preprocess_options() -> ort.SessionOptions:
+    # One thread: images are prepared side by side.
+    session = session_options(1)
     # An arena never shrinks: one photo of 60 million pixels would hold gigabytes for good. And a
     # memory plan would be kept for every size of image that ever came.
     session.enable_cpu_mem_arena = False

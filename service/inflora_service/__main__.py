@@ -33,6 +33,7 @@ _LEARN_OPTIONS = (
 
 
 _LIMIT_OPTIONS = {
+    "predict_waiting_images": "most images of predictions that may wait",
     "upload_seconds": "how long an upload that broke off can be continued",
     "upload_idle_seconds": "longest wait for the next message of an upload",
     "task_attempts": "how often a worker may die of a task before it is set aside",
@@ -132,7 +133,14 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("predicting")
     add(group, "--provider", defaults.provider, "what predicts", choices=("auto", "cpu", "cuda"))
-    add(group, "--predict-threads", 0, "threads of a prediction; 0: one a processor", type=int)
+    add(group, "--predict-threads", 0, "threads of predictions; 0: one a processor", type=_count)
+    add(
+        group,
+        "--predict-runs",
+        defaults.predict_runs,
+        "runs of the model on the CPU that share them when several calls wait; 0: one a thread",
+        type=_count,
+    )
 
     group = parser.add_argument_group(
         "what is kept of versions, beside the current one and pinned ones"
@@ -223,6 +231,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         retention=Retention(versions=arguments.keep_versions, onnx_files=arguments.keep_onnx),
         provider=arguments.provider,
         predict_threads=arguments.predict_threads,
+        predict_runs=arguments.predict_runs,
         learn_threads=arguments.learn_threads,
         learn_memory_bytes=arguments.learn_memory_bytes,
         device=arguments.device,

@@ -157,7 +157,7 @@ class AuditTrail:
         while True:
             try:
                 return await self._append(await asyncio.to_thread(make))
-            except (InfloraError, OSError) as error:
+            except (InfloraError, OSError, MemoryError) as error:
                 log.warning("cannot write to the audit log, trying on: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 

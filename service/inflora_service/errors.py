@@ -38,6 +38,7 @@ CODES: dict[type[errors.InfloraError], grpc.StatusCode] = {
     errors.OutOfRangeError: grpc.StatusCode.OUT_OF_RANGE,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.CancelledError: grpc.StatusCode.CANCELLED,
+    errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.DamagedError: grpc.StatusCode.DATA_LOSS,
     errors.StoreFormatError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ParityError: grpc.StatusCode.INTERNAL,

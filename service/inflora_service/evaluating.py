@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
-import numpy as np
-
 from inflora_core.config import Limits
 from inflora_core.errors import InvalidInputError, LimitExceededError, StateError
 from inflora_core.evaluation import Evaluation, Tally
-from inflora_core.predictor import Floats, processors
+from inflora_core.predictor import Answers, Floats, processors
 from inflora_service.aio import map_threads
 from inflora_service.serving import Loaded, ModelHost
 from inflora_service.uploads import Example, Intake, decode_example
@@ -130,7 +129,7 @@ class Examination:
             raise InvalidInputError("there is nothing to measure: send examples", field="examples")
         if self._pixels:
             await self._classify()
-        return await self._host.in_bulk(lambda: self._tally.evaluation(confusions))
+        return await asyncio.to_thread(self._tally.evaluation, confusions)
 
     def _prepare(self, numbered: tuple[int, Example]) -> Floats:
         index, example = numbered
@@ -150,10 +149,9 @@ class Examination:
         labels, pixels = self._labels, self._pixels
         self._labels, self._pixels = [], []
 
-        def work() -> None:
-            answers = self._predictor.classify(np.concatenate(pixels))
+        def tally(answers: Answers) -> None:
             self._tally.add(labels, answers.logits, answers.probabilities, answers.novelty)
 
-        await self._host.in_bulk(work)
+        await self._host.classify_in_bulk(self._loaded, pixels, tally)
         if not self._host.is_fresh(self._loaded):
             raise StateError("classes were forgotten meanwhile: evaluate again", field="version")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
+from typing import cast
 
 from inflora.v1 import predictor_service_pb2 as pb
 from inflora.v1 import predictor_service_pb2_grpc
@@ -12,6 +14,7 @@ from inflora_service import codec, names
 from inflora_service.errors import Context, fields_under
 from inflora_service.serving import DEFAULT_TOP_K, ModelHost
 from inflora_service.tasks import TaskQueue
+from inflora_service.turns import FOREVER
 
 
 class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
@@ -24,7 +27,7 @@ class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Classify images."""
-        return await self._predict(request)
+        return await self._predict(request, deadline(context))
 
     async def PredictStream(
         self, request_iterator: AsyncIterator[pb.PredictStreamRequest], context: Context
@@ -32,10 +35,10 @@ class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
         """Classify images, request by request."""
         async for message in request_iterator:
             with fields_under("request."):
-                response = await self._predict(message.request)
+                response = await self._predict(message.request, deadline(context))
             yield pb.PredictStreamResponse(response=response, correlation_id=message.correlation_id)
 
-    async def _predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
+    async def _predict(self, request: pb.PredictRequest, until: float) -> pb.PredictResponse:
         codec.check_size(request, self._limits, field="images")
         names.check_model(request.model, field="model")
         if request.top_k < 0:
@@ -48,7 +51,11 @@ class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
         try:
             with fields_under("", name="version"):
                 answer = await self._host.predict(
-                    request.images, version=version, task=task, top_k=request.top_k or DEFAULT_TOP_K
+                    request.images,
+                    version=version,
+                    task=task,
+                    top_k=request.top_k or DEFAULT_TOP_K,
+                    deadline=until,
                 )
         except StateError:
             if task is not None:
@@ -56,3 +63,9 @@ class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
                     await self._tasks.get(task)  # a task that nobody knows is NOT_FOUND
             raise
         return codec.encode_answer(answer)
+
+
+def deadline(context: Context) -> float:
+    """Return until when the caller waits, by ``time.monotonic``."""
+    left = cast(float | None, context.time_remaining())  # the stubs forget the None
+    return FOREVER if left is None else time.monotonic() + left

@@ -82,7 +82,8 @@ class Settings:
             there are none, and those that were kept are deleted.
         retention: Which versions are kept.
         provider: What onnxruntime predicts with.
-        predict_threads: Threads of one prediction; 0: one for each processor.
+        predict_threads: Threads of predictions; 0: one for each processor.
+        predict_runs: Runs of the model on the CPU that share them; 0: one for each thread.
         learn_threads: Threads of the learning worker; 0: all processors but one.
         learn_memory_bytes: Memory that the learning worker may take; 0: any.
         device: What the learning worker learns on: ``auto``, ``cpu`` or ``cuda``.
@@ -103,6 +104,7 @@ class Settings:
     retention: Retention = field(default_factory=Retention)
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     predict_threads: int = 0
+    predict_runs: int = 0
     learn_threads: int = 0
     learn_memory_bytes: int = 0
     device: str = "auto"
@@ -160,7 +162,7 @@ class Server:
         audit = AuditTrail(await asyncio.to_thread(AuditLog, store.root), store, records)
         undo.callback(audit.note_head)
 
-        options = RuntimeOptions(settings.predict_threads, settings.provider)
+        options = RuntimeOptions(settings.predict_threads, settings.provider, settings.predict_runs)
         host = ModelHost(
             store,
             options,

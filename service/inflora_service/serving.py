@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import numpy as np
-
 from inflora_core.audit import SERVER
 from inflora_core.config import Limits, Retention
 from inflora_core.errors import (
@@ -26,13 +24,21 @@ from inflora_core.errors import (
     StateError,
 )
 from inflora_core.gate import why_held_back
-from inflora_core.images import decode
 from inflora_core.model import Version, VersionState
-from inflora_core.predictor import Floats, Predictor, RuntimeOptions, processors, top_classes
+from inflora_core.predictor import (
+    Answers,
+    Floats,
+    Predictor,
+    RuntimeOptions,
+    processors,
+    top_classes,
+)
 from inflora_core.retention import Outdated, outdated
 from inflora_core.store import ONNX_FILE, Store
-from inflora_service.aio import map_threads, unbroken
+from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
+from inflora_service.batching import Batcher
+from inflora_service.turns import FOREVER
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +48,6 @@ PINNED_VERSIONS = 3
 """Versions beside the current one that stay loaded when clients ask for them by number."""
 
 DEFAULT_TOP_K = 5
-
-_CLASSIFY_THREADS = 2
-"""Runs at a time. Each uses all of ``intra_op_threads``; the second is there so that a call with
-hundreds of images does not keep all others waiting."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,8 @@ class ModelHost:
         self._swap = asyncio.Lock()
         # One at a time: a version that is being loaded takes several times the memory of its file.
         self._loader = ThreadPoolExecutor(1, "version-load")
-        self._decoders = ThreadPoolExecutor(processors(), "predict-decode")
-        self._classifiers = ThreadPoolExecutor(_CLASSIFY_THREADS, "predict-classify")
-        self._bulk = asyncio.Lock()
+        self._batcher = Batcher(limits, processors(), options.cpu_runs)
+        self._batch: int | None = None
 
     async def start(self) -> None:
         """Load the current version, if there is one.
@@ -130,6 +131,7 @@ class ModelHost:
             number = await asyncio.to_thread(self._pointer)
             if number is not None:
                 self._current = await self._get(number)
+                self._pinned.pop(number, None)  # it would outlive its being current there
                 self._on_serving()
             self._sound.set()
         except (DamagedError, NotFoundError, StateError) as error:
@@ -168,6 +170,7 @@ class ModelHost:
                 version = await asyncio.to_thread(self._store.version, number)
                 if _may_stand_in(version):
                     self._current = await self._get(number)
+                    self._pinned.pop(number, None)
                     break
             except (DamagedError, NotFoundError, StateError) as error:
                 log.warning("version %d cannot answer either: %s", number, error)
@@ -181,8 +184,7 @@ class ModelHost:
     def close(self) -> None:
         """Let the threads go once they are idle."""
         self._loader.shutdown(wait=False, cancel_futures=True)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._classifiers.shutdown(wait=False, cancel_futures=True)
+        self._batcher.close()
 
     @property
     def current(self) -> Version | None:
@@ -430,6 +432,7 @@ class ModelHost:
         version: int | None = None,
         task: str | None = None,
         top_k: int = DEFAULT_TOP_K,
+        deadline: float = FOREVER,
     ) -> Answer:
         """Classify encoded images.
 
@@ -438,10 +441,12 @@ class ModelHost:
             version: Number of the version to answer; None for the current one.
             task: Only this task's classes compete; None for all.
             top_k: Classes to return for each image.
+            deadline: When the answer is of no use any more, by ``time.monotonic``.
 
         Raises:
             InvalidInputError: there is no image, or one is not acceptable (its field is named).
-            LimitExceededError: there are too many images.
+            LimitExceededError: there are too many images, or too many are waiting.
+            DeadlineError: it cannot be answered in time.
             StateError: no version is published, or the version does not know the task.
             NotFoundError: there is no such version.
             DamagedError: the version is damaged.
@@ -455,19 +460,11 @@ class ModelHost:
         loaded = await self.answering(version)
         predictor = loaded.predictor
 
-        def prepare(numbered: tuple[int, bytes]) -> Floats:
-            # Down to the model's size in one go: hundreds of decoded photos would fill the memory.
-            index, data = numbered
-            return predictor.preprocess(decode(data, self._limits, field=f"images[{index}]"))
-
-        def classify(pixels: Sequence[Floats]) -> Answer:
-            answers = predictor.classify(np.concatenate(pixels))
+        def finish(answers: Answers) -> Answer:
             scores = top_classes(answers, predictor.card, top_k, task)
             return Answer(loaded.version.number, scores, answers.novelty.tolist())
 
-        pixels = await map_threads(self._decoders, prepare, enumerate(images))
-        (answer,) = await map_threads(self._classifiers, classify, [pixels])
-        return answer
+        return await self._batcher.predict(predictor, images, finish, deadline)
 
     async def answering(self, number: int | None) -> Loaded:
         """Return version ``number``, or the current one; it is usable as long as it is held.
@@ -487,15 +484,17 @@ class ModelHost:
             raise StateError("no version is published yet: teach the model a task first")
         return self._current
 
-    async def in_bulk(self, work: Callable[[], T]) -> T:
-        """Run ``work``, the classification of a batch that can wait, beside the predictions.
+    async def classify_in_bulk(
+        self, loaded: Loaded, pixels: Sequence[Floats], finish: Callable[[Answers], T]
+    ) -> T:
+        """Return what ``finish`` makes of the answers for images that can wait.
 
-        One at a time, whoever asks: the other thread is always left to ``predict``. Cancelled, it
-        returns only when the work is done, for until then its thread is taken.
+        Args:
+            loaded: The version to answer.
+            pixels: At least one, each (1, 3, height, width) float32, from ``loaded.predictor``.
+            finish: Is called in a thread.
         """
-        loop = asyncio.get_running_loop()
-        async with self._bulk:
-            return await unbroken(loop.run_in_executor(self._classifiers, work))
+        return await self._batcher.classify_in_bulk(loaded.predictor, pixels, finish)
 
     async def _get(self, number: int) -> Loaded:
         """Return version ``number``, loaded now if it is not."""
@@ -542,7 +541,12 @@ class ModelHost:
         # From memory where it is not kept: whoever predicts does not fill the disk.
         model = self._store.onnx(number) if whole else self._store.make_onnx(number)
         predictor = Predictor.load(model, self._options)
-        predictor.warm_up()
+        if self._batch is None:
+            # Once: all versions cost the same, and looking for it takes the processors.
+            self._batch = predictor.best_batch()
+            self._batcher.take_batches(self._batch)
+            log.info("runs take up to %d images on %s", self._batch, predictor.provider)
+        predictor.warm_up(self._batch)
         return Loaded(version, predictor, generation)
 
     def _make_whole(self, number: int) -> None:

@@ -842,7 +842,7 @@ class TaskQueue:
         while True:
             try:
                 return await asyncio.to_thread(change, subject)
-            except InfloraError as error:
+            except (InfloraError, OSError, MemoryError) as error:
                 log.warning("cannot write a task's record, trying on: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 

@@ -88,7 +88,7 @@ def assert_answers_as_torch(store: Store, version: Version, folder: Path) -> Non
         features = backbone.module(backbone.normalise(pixels))
         expected = logits_of(model, features).numpy()
     predictor = Predictor.load(
-        store.path(version.number, ONNX_FILE), RuntimeOptions(intra_op_threads=1, provider="cpu")
+        store.path(version.number, ONNX_FILE), RuntimeOptions(threads=1, provider="cpu")
     )
     assert predictor.card.classes == tuple(labels)
     assert np.array_equal(predictor.predict(new).logits.argmax(1), expected.argmax(1))

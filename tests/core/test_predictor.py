@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from inflora_core import graph
+from inflora_core import predictor as predictor_module
 from inflora_core.errors import DamagedError, InvalidInputError, StateError, UnavailableError
 from inflora_core.graph import ModelCard
 from inflora_core.heads import novelty_shares
@@ -54,7 +55,7 @@ CLASSES = (
     ClassEntry("eel", "t2", "t2.1"),
 )
 
-ONE_THREAD = RuntimeOptions(intra_op_threads=1, provider="cpu")
+ONE_THREAD = RuntimeOptions(threads=1, provider="cpu")
 
 
 def template() -> bytes:
@@ -203,16 +204,61 @@ def test_versions_answer_side_by_side(predictor: Predictor):
     assert predictor.predict([image(16, 16)]).logits.shape == (1, 5)
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_sessions_leave_the_cores_to_others(file: bytes, threads: int):
-    loaded = Predictor.load(file, RuntimeOptions(threads, "cpu"))
-    for session in (loaded._preprocess, loaded._classify):
+@pytest.mark.parametrize(("threads", "runs"), [(0, 1), (1, 0), (3, 1), (4, 2), (2, 8)])
+def test_sessions_leave_the_cores_to_others(file: bytes, threads: int, runs: int):
+    loaded = Predictor.load(file, RuntimeOptions(threads, "cpu", runs))
+    all_threads = threads or processors()
+    at_a_time = min(runs or all_threads, all_threads)
+    expected = {
+        loaded._preprocess: (1, False),
+        loaded._classify: (all_threads // at_a_time, False),
+        loaded._alone: (all_threads, at_a_time > 1),
+    }
+    if at_a_time == 1:
+        assert loaded._alone is loaded._classify
+        del expected[loaded._alone]
+        expected[loaded._classify] = all_threads, False
+    for session, (each, spins) in expected.items():
         options = session.get_session_options()
-        assert options.intra_op_num_threads == (threads or processors())
-        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert options.intra_op_num_threads == each
+        spinning = options.get_session_config_entry("session.intra_op.allow_spinning")
+        assert spinning == str(int(spins))
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
         assert options.execution_mode == ort.ExecutionMode.ORT_SEQUENTIAL
     # What one huge photo needed must not stay reserved for good.
     assert not loaded._preprocess.get_session_options().enable_cpu_mem_arena
+
+
+def test_alone_or_beside_others_the_answers_are_the_same(file: bytes):
+    loaded = Predictor.load(file, RuntimeOptions(4, "cpu", 4))
+    pixels = np.concatenate([loaded.preprocess(image(20 + i, 30)) for i in range(5)])
+    alone, beside = loaded.classify(pixels, alone=True), loaded.classify(pixels)
+    for one, other in zip(outputs(alone), outputs(beside), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_answers_are_taken_apart_and_joined(predictor: Predictor):
+    whole = predictor.predict([image(20 + i, 30) for i in range(4)])
+    parts = [whole[:1], whole[1:3], whole[3:]]
+    assert [len(part) for part in parts] == [1, 2, 1]
+    for one, other in zip(outputs(Answers.joined(parts)), outputs(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_batches_grow_while_they_make_images_cheaper(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+):
+    """A run of 1 to 8 images takes as long as any; from there on, each image has its price."""
+    now = 0.0
+
+    def classify(self: Predictor, pixels: NDArray[np.float32]) -> None:
+        nonlocal now
+        now += max(8, len(pixels))
+
+    monkeypatch.setattr(Predictor, "classify", classify)
+    monkeypatch.setattr(predictor_module.time, "perf_counter", lambda: now)
+    assert predictor.best_batch() == 8
+    assert predictor.best_batch(most=4) == 4
 
 
 # --- Providers ----------------------------------------------------------------------------------

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,10 @@ from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import task_pb2
 from inflora_core.config import Limits
-from inflora_core.predictor import Answers, Predictor
 from inflora_service.evaluating import BATCH, MOST_AT_ONCE
 from inflora_service.server import Settings
 from tests.service.conftest import BLUE, GREEN, RED, WHITE, Running, fails, png
+from tests.service.holding import gate
 from tests.service.test_bad_input import (
     BROKEN_OFF,
     IMAGE,
@@ -320,60 +318,36 @@ async def test_before_the_first_version(start: Callable[..., Any]) -> None:
 # -- beside other calls -------------------------------------------------------------------------
 
 
-class Gate:
-    """Holds up the classification of every full batch, in its thread."""
-
-    def __init__(self) -> None:
-        self.waiting = 0
-        self.most = 0
-        self.arrived = threading.Event()
-        self.open = threading.Event()
-
-    def pass_through(self, pixels: Any) -> None:
-        if len(pixels) == BATCH:
-            self.waiting += 1
-            self.most = max(self.most, self.waiting)
-            self.arrived.set()
-            assert self.open.wait(60)
-            self.waiting -= 1
-
-
-@contextmanager
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate, classify = Gate(), Predictor.classify
-
-    def held_up(self: Predictor, pixels: Any) -> Answers:
-        gate.pass_through(pixels)
-        return classify(self, pixels)
-
-    monkeypatch.setattr(Predictor, "classify", held_up)
-    try:
-        yield gate
-    finally:
-        gate.open.set()
+@pytest.fixture
+async def two_runs(start: Callable[..., Any], settings: Settings) -> Running:
+    """A server whose model runs twice at a time, however many processors there are."""
+    for classes in VERSIONS:
+        publish(settings.store, **classes)
+    running: Running = await start(predict_threads=2)
+    return running
 
 
 async def test_predictions_do_not_wait_for_evaluations(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    two_runs: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examples = [(png(GREEN), "green")] * (BATCH + 1)
+    running, examples = two_runs, [(png(GREEN), "green")] * (BATCH + 1)
     host, asked, all_asked = running.server.host, 0, asyncio.Event()
-    in_bulk = host.in_bulk
+    in_bulk = host.classify_in_bulk
 
-    async def counted(work: Callable[[], Any]) -> Any:
+    async def counted(*arguments: Any) -> Any:
         nonlocal asked
         asked += 1
         if asked == 4:
             all_asked.set()
-        return await in_bulk(work)
+        return await in_bulk(*arguments)
 
-    monkeypatch.setattr(host, "in_bulk", counted)
-    with gate(monkeypatch) as held:
+    monkeypatch.setattr(host, "classify_in_bulk", counted)
+    with gate(monkeypatch, png(GREEN)) as held:
         calls = [asyncio.create_task(evaluate(running, examples)) for _ in range(4)]
         await all_asked.wait()
         assert await asyncio.to_thread(held.arrived.wait, 60)
         for _ in range(3):
-            answers = await predicted(running, examples[:1])
+            answers = await predicted(running, [(png((0, 250, 0)), "")])
             assert answers[0].scores[0].label == "green"
         assert not any(call.done() for call in calls)
         held.open.set()
@@ -395,7 +369,7 @@ async def test_the_version_of_the_beginning_is_used_to_the_end(
         yield second
         yield end
 
-    with gate(monkeypatch) as held:
+    with gate(monkeypatch, png(BLUE)) as held:
         call = running.evaluator.Evaluate(requests())
         assert await asyncio.to_thread(held.arrived.wait, 60)
         await running.server.host.promote(1, "a test")
@@ -407,15 +381,16 @@ async def test_the_version_of_the_beginning_is_used_to_the_end(
 
 
 async def test_a_call_that_is_given_up_leaves_the_turn_to_others(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    two_runs: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examples = [(png(GREEN), "green")] * BATCH
-    with gate(monkeypatch) as held:
+    running, examples = two_runs, [(png(GREEN), "green")] * BATCH
+    with gate(monkeypatch, png(GREEN)) as held:
         given_up = running.evaluator.Evaluate(messages(examples))
         assert await asyncio.to_thread(held.arrived.wait, 60)
         assert given_up.cancel()
         other = asyncio.create_task(evaluate(running, examples))
-        assert (await predicted(running, examples[:1]))[0].scores[0].label == "green"
+        (answer,) = await predicted(running, [(png((0, 250, 0)), "")])
+        assert answer.scores[0].label == "green"
         held.open.set()
         assert (await other).accuracy == 1
     assert held.most == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from inflora.v1 import predictor_service_pb2 as pb
 from inflora_service import serving
 from inflora_service.server import Settings
 from tests.service.conftest import BLUE, GREEN, RED, WHITE, Running, fails, png
+from tests.service.holding import Watched, gate
 from tests.service.test_bad_input import publish
 
 VERSIONS = ({"red": RED, "white": WHITE}, {"green": GREEN}, {"blue": BLUE})
@@ -21,10 +24,10 @@ VERSIONS = ({"red": RED, "white": WHITE}, {"green": GREEN}, {"blue": BLUE})
 
 @pytest.fixture
 async def running(start: Callable[..., Any], settings: Settings) -> Running:
-    """A server with three versions."""
+    """A server with three versions, whose model runs twice at a time."""
     for classes in VERSIONS:
         publish(settings.store, **classes)
-    running: Running = await start()
+    running: Running = await start(predict_threads=2)
     return running
 
 
@@ -173,3 +176,112 @@ async def test_readiness_follows_the_first_version(start: Callable[..., Any]) ->
     assert await running.serving(service) == "SERVING"
     with fails("NOT_FOUND", "NOT_FOUND", "version"):
         await predict(running, png(), version="models/default/versions/2")
+
+
+# -- waiting ------------------------------------------------------------------------------------
+
+HELD = png((1, 2, 3))
+"""Its classification is held up."""
+
+
+@pytest.fixture
+async def narrow(start: Callable[..., Any], settings: Settings) -> Running:
+    """A server whose model runs once at a time, and that lets few images wait."""
+    publish(settings.store, red=RED, white=WHITE)
+    limits = settings.limits.model_copy(update={"predict_waiting_images": 4})
+    running: Running = await start(predict_threads=1, limits=limits)
+    return running
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return Watched(monkeypatch)
+
+
+async def test_a_full_queue_refuses_at_once_and_recovers(
+    narrow: Running, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gate(monkeypatch, HELD) as held:
+        waiting = [asyncio.create_task(predict(narrow, HELD, png(RED))) for _ in range(2)]
+        await watched.until(lambda: watched.images == 4)
+        with fails("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED"):
+            await predict(narrow, png(RED))
+        held.open.set()
+        await asyncio.gather(*waiting)
+    assert best(await predict(narrow, *[png(RED)] * 4)) == ["red"] * 4
+    await watched.until(lambda: watched.idle)
+
+
+async def test_a_call_that_is_given_up_leaves_its_place(
+    narrow: Running, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gate(monkeypatch, HELD) as held:
+        running = asyncio.create_task(predict(narrow, HELD))
+        assert await asyncio.to_thread(held.arrived.wait, 60)
+        for _ in range(20):
+            call = narrow.predictor.Predict(pb.PredictRequest(images=[png(RED)] * 3))
+            await watched.until(lambda: watched.images == 4)
+            call.cancel()
+            await watched.until(lambda: watched.images == 1)
+        held.open.set()
+        await running
+    await watched.until(lambda: watched.idle)
+
+
+async def test_what_cannot_be_in_time_is_refused_early(
+    narrow: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model is held up, by the server's own word, long before the deadline."""
+    with gate(monkeypatch, HELD) as held:
+        waiting = asyncio.create_task(predict(narrow, HELD, png(RED)))
+        assert await asyncio.to_thread(held.arrived.wait, 60)
+        narrow.server.host._batcher._turns._pace.image = 1000.0
+        request = pb.PredictRequest(images=[png(RED)])
+        with fails("DEADLINE_EXCEEDED", "DEADLINE"):
+            await narrow.predictor.Predict(request, timeout=60)
+        held.open.set()
+        await waiting
+    assert best(await narrow.predictor.Predict(request, timeout=60)) == ["red"]
+
+
+async def test_a_model_that_fails_fails_its_calls_alone(
+    narrow: Running, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("onnxruntime is out of sorts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serving.Predictor, "classify", broken)
+        for _ in range(3):
+            with fails("INTERNAL", "INTERNAL"):
+                await predict(narrow, png(RED), png(WHITE))
+    assert best(await predict(narrow, png(RED), png(WHITE))) == ["red", "white"]
+    await watched.until(lambda: watched.idle)
+
+
+async def test_of_several_images_at_fault_the_first_is_named(
+    running: Running, watched: Watched
+) -> None:
+    for _ in range(20):
+        with fails("INVALID_ARGUMENT", "INVALID_IMAGE", "images[1]"):
+            await predict(running, png(RED, (900, 900)), b"no image", b"", png())
+    await watched.until(lambda: watched.idle)
+
+
+async def test_an_old_version_leaves_the_memory_with_its_last_call(
+    running: Running, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = running.server.host
+    old = weakref.ref((await host.answering(None)).predictor)
+    with gate(monkeypatch, HELD) as held:
+        call = asyncio.create_task(predict(running, HELD))
+        assert await asyncio.to_thread(held.arrived.wait, 60)
+        await host.promote(1, "a test")
+        assert best(await predict(running, png(RED))) == ["red"]
+        assert old() is not None
+        held.open.set()
+        assert (await call).version == "models/default/versions/3"
+        await watched.until(lambda: watched.idle)
+    del call
+    gc.collect()
+    assert old() is None

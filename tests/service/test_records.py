@@ -181,22 +181,35 @@ async def test_a_record_that_cannot_be_written_is_no_task(
     await assert_unharmed(running)
 
 
-async def test_an_end_is_told_when_it_is_durable(
-    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnavailableError("the task records cannot be used"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("durable", [False, True])
+async def test_whatever_keeps_a_record_from_being_written_is_waited_for(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception, durable: bool
 ) -> None:
+    """Each time it is written twice in vain, or is durable when something fails."""
     monkeypatch.setattr(tasks, "RETRY_SECONDS", 0.0)
     update = TaskRecords.update
-    refusals = 3
+    refused: dict[str, int] = {}
 
     def reluctant(records: TaskRecords, snapshot: Snapshot) -> None:
-        nonlocal refusals
-        if snapshot.task.state.ended and refusals:
-            refusals -= 1
-            raise UnavailableError("the task records cannot be used")
-        update(records, snapshot)
+        state = str(snapshot.task.state)
+        refused[state] = refused.get(state, 0) + 1
+        if durable or refused[state] > 2:
+            update(records, snapshot)
+        if refused[state] <= 2:
+            raise error
 
     monkeypatch.setattr(TaskRecords, "update", reluctant)
     running = await start()
-    ended = await running.ended((await running.learn({"a": [png()]})).name)
-    assert ended.state == pb.TASK_STATE_PUBLISHED
-    assert not refusals
+    for label in ("a", "b"):
+        ended = await running.ended((await running.learn({label: [png()]})).name)
+        assert ended.state == pb.TASK_STATE_PUBLISHED
+    assert refused == {"LEARNING": 4, "PUBLISHED": 4}

@@ -76,8 +76,10 @@ class PredictorServiceServicer(object):
         - FAILED_PRECONDITION: no version is published yet, or the version does not know the task: a
         retry helps once a task is published. Or the version is purged, or all of its classes are
         forgotten: a retry does not help.
-        - RESOURCE_EXHAUSTED: the message is over its limit, or has too many images (field `images`). A
-        retry does not help.
+        - RESOURCE_EXHAUSTED: the message is over its limit, or has too many images (field `images`): a
+        retry does not help. Or too many images of other calls are waiting: a retry later does.
+        - DEADLINE_EXCEEDED: it cannot be answered by the call's deadline, said as soon as that is seen.
+        A retry with more time, or later, may help.
         - DATA_LOSS: the version is damaged. A retry helps once another is promoted.
         - INTERNAL: a defect of the server. A retry may help.
         - UNAVAILABLE: the server is stopping or not reachable. Retry.

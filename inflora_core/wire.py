@@ -1,0 +1,107 @@
+"""Parts an ONNX file's weights from the rest as it lies in memory, where parsing would copy them.
+
+A server loads versions while it answers. protobuf holds Python's lock for as long as it parses or
+serialises, which for the weights of a ViT-B is half a second in which no call can be answered; this
+looks at the few bytes between them. Field numbers and wire types are those of onnx.proto and of
+protobuf's encoding specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from inflora_core.errors import DamagedError
+
+_GRAPH = 7
+"""Field of ``ModelProto``."""
+_INITIALIZER = 5
+"""Field of ``GraphProto``."""
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_FIXED = {_FIXED64: 8, _FIXED32: 4}
+
+_LARGE = 4096
+"""Bytes from which on an initializer is set apart."""
+
+
+def part(model: bytes) -> tuple[bytes, list[memoryview]]:
+    """Part a file's large initializers from the rest.
+
+    Returns:
+        An ONNX file without them, and they themselves as they lie in ``model``; see ``appended``.
+
+    Raises:
+        DamagedError: if ``model`` is not encoded as protobuf is.
+    """
+    rest, large = bytearray(), []
+    for number, whole, graph in _fields(memoryview(model)):
+        if number != _GRAPH:
+            rest += whole
+            continue
+        kept = bytearray()
+        for inner, field, content in _fields(graph):
+            if inner == _INITIALIZER and len(content) >= _LARGE:
+                large.append(field)
+            else:
+                kept += field
+        rest += _tag(_GRAPH, len(kept)) + kept
+    return bytes(rest), large
+
+
+def appended(model: bytes, initializers: list[memoryview]) -> list[bytes | memoryview]:
+    """Return the pieces of a file that is ``model`` with more initializers.
+
+    They come as a second graph, which whoever parses the file merges with the first: that is what
+    protobuf's specification asks for where a field that is not repeated occurs again.
+    """
+    return [model, _tag(_GRAPH, sum(map(len, initializers))), *initializers]
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """Yield the number of each field, all of its bytes, and its content (empty for numbers)."""
+    at = 0
+    while at < len(message):
+        start = at
+        tag, at = _varint(message, at)
+        kind, content = tag & 7, at
+        if kind == _VARINT:
+            _, at = _varint(message, at)
+            content = at
+        elif kind == _BYTES:
+            size, content = _varint(message, at)
+            at = content + size
+        elif kind in _FIXED:
+            content = at = at + _FIXED[kind]
+        else:
+            raise DamagedError(f"not an ONNX file: wire type {kind}")
+        if at > len(message):
+            raise DamagedError("not an ONNX file, or cut short")
+        yield tag >> 3, message[start:at], message[content:at]
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    """Return the number at a position, and the position after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            break
+        byte, at = message[at], at + 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise DamagedError("not an ONNX file, or cut short")
+
+
+def _tag(number: int, size: int) -> bytes:
+    """Return what comes before the content of a field that has a length."""
+    return _encoded(number << 3 | _BYTES) + _encoded(size)
+
+
+def _encoded(value: int) -> bytes:
+    """Return a number as a varint."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

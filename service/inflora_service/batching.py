@@ -1,0 +1,216 @@
+"""Images of many calls on their way through decoding and the model, in threads.
+
+A thread that has nothing to do takes what is next, so an image never waits for a timer or for a
+batch to fill: a batch is what came while the model was busy. ``turns`` decides what is next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from inflora_core.config import Limits
+from inflora_core.images import decode
+from inflora_core.predictor import Answers, Floats, Predictor
+from inflora_service.turns import FOREVER, Call, Source, Turns
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Somebody who waits for a call to end."""
+
+    call: Call
+    finish: Callable[[Answers], Any]
+    done: asyncio.Future[Any]
+
+
+class Batcher:
+    """Decodes and classifies images of many calls. ``close`` ends its threads.
+
+    Args:
+        limits: What images are refused, and how many may wait.
+        decoders: Images that are decoded at a time.
+        runs: Runs of the model at a time.
+    """
+
+    def __init__(self, limits: Limits, decoders: int, runs: int) -> None:
+        self._limits = limits
+        self._turns = Turns(limits, runs)
+        self._waiting: dict[Call, _Waiting] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+        self._to_decode = threading.Condition(self._lock)
+        self._to_run = threading.Condition(self._lock)
+        for turn, count in ((self._decode_next, decoders), (self._run_next, runs)):
+            for number in range(1, count + 1):
+                name = f"predict{turn.__name__}-{number}".replace("_", "-")
+                threading.Thread(target=_work, args=(turn,), name=name).start()
+
+    def take_batches(self, most: int) -> None:
+        """Give the model at most ``most`` images at a time, from now on; 1 at first."""
+        with self._lock:
+            self._turns.batch = most
+
+    def close(self) -> None:
+        """Give all calls up, and end the threads once they are done with what they hold."""
+        with self._lock:
+            self._closed = True
+            for call in list(self._turns.calls):
+                self._turns.leave(call)
+                done = self._waiting.pop(call).done
+                with suppress(RuntimeError):  # the loop is closed
+                    done.get_loop().call_soon_threadsafe(done.cancel)
+            self._to_decode.notify_all()
+            self._to_run.notify_all()
+
+    async def predict(
+        self,
+        predictor: Predictor,
+        images: Sequence[Source],
+        finish: Callable[[Answers], T],
+        deadline: float = FOREVER,
+    ) -> T:
+        """Return what ``finish`` makes of the answers for images.
+
+        Args:
+            predictor: Answers.
+            images: At least one.
+            finish: Is called in a thread, with the answers in the images' order.
+            deadline: When the answer is of no use any more, by ``time.monotonic``.
+
+        Raises:
+            LimitExceededError: too much is waiting.
+            DeadlineError: it cannot be answered in time.
+            InvalidInputError: an image is not acceptable; the first such is named.
+        """
+        return await self._answer(
+            Call(predictor, deadline, sources=deque(enumerate(images))), finish
+        )
+
+    async def classify_in_bulk(
+        self, predictor: Predictor, pixels: Sequence[Floats], finish: Callable[[Answers], T]
+    ) -> T:
+        """Return what ``finish`` makes of the answers for images that are prepared, and can wait.
+
+        They take turns with others, but never the last of several runs, and there is always room
+        for them.
+
+        Args:
+            predictor: Answers.
+            pixels: At least one, each (1, 3, height, width) float32.
+            finish: As for ``predict``.
+        """
+        return await self._answer(
+            Call(predictor, bulk=True, ready=deque(enumerate(pixels))), finish
+        )
+
+    async def _answer(self, call: Call, finish: Callable[[Answers], T]) -> T:
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._turns.enter(call, time.monotonic())
+            self._waiting[call] = _Waiting(call, finish, done)
+            self._to_decode.notify(len(call.sources))
+            self._to_run.notify(len(call.ready))
+        try:
+            return await done
+        finally:
+            with self._lock:
+                # Given up, it leaves its place at once.
+                self._turns.leave(call)
+                self._waiting.pop(call, None)
+                self._to_decode.notify_all()
+            if done.done() and not done.cancelled():
+                done.exception()  # looked at, should both it and a cancellation have come
+
+    def _decode_next(self) -> bool:
+        """Decode one image; return whether there may be another."""
+        with self._lock:
+            while (image := self._turns.next_image(time.monotonic())) is None:
+                _tell(self._settled())
+                if self._closed:
+                    return False
+                self._to_decode.wait()
+        call, index, source = image
+        outcome: Floats | Exception
+        try:
+            if isinstance(source, bytes):
+                source = decode(source, self._limits, field=f"images[{index}]")
+            # Down to the model's size at once: hundreds of decoded photos would fill the memory.
+            outcome = call.predictor.preprocess(source)
+        except Exception as error:
+            outcome = error
+        with self._lock:
+            if self._turns.prepared(call, index, outcome):
+                self._to_run.notify()
+            settled = self._settled()
+        _tell(settled)
+        return True
+
+    def _run_next(self) -> bool:
+        """Classify one batch; return whether there may be another."""
+        with self._lock:
+            while not (batch := self._turns.next_batch(time.monotonic())):
+                _tell(self._settled())
+                if self._closed:
+                    return False
+                self._to_run.wait()
+            alone = self._turns.is_alone(batch)
+        began = time.monotonic()
+        outcome: Answers | Exception
+        try:
+            pixels = np.concatenate([each for _, _, each in batch])
+            outcome = batch[0][0].predictor.classify(pixels, alone=alone)
+        except Exception as error:
+            outcome = error
+        with self._lock:
+            self._turns.classified(batch, outcome, began, time.monotonic())
+            self._to_decode.notify(len(batch))
+            self._to_run.notify()  # of what is in bulk, more may be taken now
+            settled = self._settled()
+        _tell(settled)
+        return True
+
+    def _settled(self) -> list[_Waiting]:
+        """Return the calls that have ended and that somebody waits for."""
+        settled = [self._waiting.pop(call) for call in self._turns.settled if call in self._waiting]
+        self._turns.settled.clear()
+        return settled
+
+
+def _work(turn: Callable[[], bool]) -> None:
+    # A turn's variables end with it: those of a thread that waits would keep a version in memory.
+    while turn():
+        pass
+
+
+def _tell(settled: Sequence[_Waiting]) -> None:
+    """Tell those who wait for calls how they ended."""
+    for waiting in settled:
+        result, error = None, waiting.call.fault and waiting.call.fault[1]
+        if error is None:
+            try:
+                answers = waiting.call.answers
+                result = waiting.finish(Answers.joined(answers[i] for i in sorted(answers)))
+            except Exception as raised:
+                error = raised
+        with suppress(RuntimeError):  # the loop is closed
+            waiting.done.get_loop().call_soon_threadsafe(_resolve, waiting.done, result, error)
+
+
+def _resolve(done: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+    if done.done():
+        return  # given up
+    if error is None:
+        done.set_result(result)
+    else:
+        done.set_exception(error)
