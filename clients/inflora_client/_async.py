@@ -115,9 +115,10 @@ class AsyncClient(ClientBase):
         top_k: int = 5,
         version: VersionRef | None = None,
         task: TaskRef | None = None,
+        return_embedding: bool = False,
     ) -> PredictResult:
         """As ``Client.predict``."""
-        question = self._question(top_k, version, task)
+        question = self._question(top_k, version, task, return_embedding)
         return await self._unary(question.call([await read_image_async(i) for i in images]))
 
     async def predict_stream(
@@ -126,6 +127,7 @@ class AsyncClient(ClientBase):
         top_k: int = 5,
         version: VersionRef | None = None,
         task: TaskRef | None = None,
+        return_embedding: bool = False,
     ) -> AsyncIterator[PredictResult]:
         """As ``Client.predict_stream``; the requests may come asynchronously, too."""
         async with self._bridge() as bridge:

@@ -60,8 +60,10 @@ class ClientBase:
             return grpc_or_aio.insecure_channel(self._target, options=options)
         return grpc_or_aio.secure_channel(self._target, self._credentials, options=options)
 
-    def _question(self, top_k: int, version: VersionRef | None, task: TaskRef | None) -> Question:
-        return Question(self._names, top_k, version, task)
+    def _question(
+        self, top_k: int, version: VersionRef | None, task: TaskRef | None, return_embedding: bool
+    ) -> Question:
+        return Question(self._names, top_k, version, task, return_embedding)
 
     def _watch(self, task: TaskRef) -> Watch:
         return Watch(self._names.task(task), self._retry)

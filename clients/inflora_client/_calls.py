@@ -174,12 +174,14 @@ class Question:
         top_k: Classes to return for each image.
         version: The version to answer; None for the current one.
         task: The task whose classes compete; None for all.
+        return_embedding: Whether predictions have embeddings.
     """
 
     names: Names
     top_k: int
     version: VersionRef | None
     task: TaskRef | None
+    return_embedding: bool
 
     def request(self, images: Iterable[bytes]) -> predictor_service_pb2.PredictRequest:
         """The request for some images."""
@@ -189,6 +191,7 @@ class Question:
             top_k=self.top_k,
             version="" if self.version is None else self.names.version(self.version),
             task="" if self.task is None else self.names.task(self.task),
+            return_embedding=self.return_embedding,
         )
 
     def call(self, images: Iterable[bytes]) -> Call[PredictResult]:

@@ -172,6 +172,7 @@ def predict_result(message: predictor_service_pb2.PredictResponse) -> resources.
             resources.Prediction(
                 scores=tuple(_flat(resources.ClassScore, s) for s in p.scores),
                 novelty=p.novelty,
+                embedding=tuple(p.embedding),
             )
             for p in message.predictions
         ),

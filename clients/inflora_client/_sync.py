@@ -156,6 +156,7 @@ class Client(ClientBase):
         top_k: int = 5,
         version: VersionRef | None = None,
         task: TaskRef | None = None,
+        return_embedding: bool = False,
     ) -> PredictResult:
         """Classify images.
 
@@ -165,12 +166,13 @@ class Client(ClientBase):
             top_k: Classes to return for each image, best first.
             version: The version to answer; None or ``"current"`` for the current one.
             task: Where it is known: only the classes of this task compete.
+            return_embedding: Whether predictions have embeddings.
 
         Raises:
             StatusError: The server refused an image, or has no version yet.
             OSError: An image cannot be read.
         """
-        question = self._question(top_k, version, task)
+        question = self._question(top_k, version, task, return_embedding)
         return self._unary(question.call(map(read_image, images)))
 
     def predict_stream(
@@ -179,13 +181,14 @@ class Client(ClientBase):
         top_k: int = 5,
         version: VersionRef | None = None,
         task: TaskRef | None = None,
+        return_embedding: bool = False,
     ) -> Iterator[PredictResult]:
         """Classify a stream of requests of some images each; answers come in the same order.
 
         The requests are taken in a thread of their own, so that the next can be on its way while
         an answer is awaited. An error ends the stream; it is not retried.
         """
-        question = self._question(top_k, version, task)
+        question = self._question(top_k, version, task, return_embedding)
         outgoing = _Outgoing(
             question.stream_request(map(read_image, images)) for images in requests
         )

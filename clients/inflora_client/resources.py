@@ -441,10 +441,13 @@ class Prediction:
     Attributes:
         scores: The likeliest classes, best first; never empty.
         novelty: How little the image looks like any known class, 0 (known) to 1 (new).
+        embedding: What the version's backbone makes of the image, float32; empty unless asked for.
+            Those of one version can be compared; learning moves them.
     """
 
     scores: tuple[ClassScore, ...]
     novelty: float
+    embedding: tuple[float, ...] = ()
 
     @property
     def label(self) -> str:

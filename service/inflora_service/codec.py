@@ -315,8 +315,13 @@ def encode_artifact(entry: FileEntry) -> model_pb.Artifact:
     return model_pb.Artifact(name=entry.name, size=entry.size, sha256=entry.sha256)
 
 
-def encode_answer(answer: Answer) -> predictor_pb.PredictResponse:
-    """Return what a version says about a call's images."""
+def encode_answer(answer: Answer, *, embedding: bool) -> predictor_pb.PredictResponse:
+    """Return what a version says about a call's images.
+
+    Args:
+        answer: What it says.
+        embedding: Whether to say what the backbone makes of them, too.
+    """
     return predictor_pb.PredictResponse(
         predictions=[
             predictor_pb.Prediction(
@@ -325,8 +330,11 @@ def encode_answer(answer: Answer) -> predictor_pb.PredictResponse:
                     for label, probability in scores
                 ],
                 novelty=novelty,
+                embedding=features if embedding else (),
             )
-            for scores, novelty in zip(answer.scores, answer.novelty, strict=True)
+            for scores, novelty, features in zip(
+                answer.scores, answer.novelty, answer.embedding, strict=True
+            )
         ],
         version=version_name(answer.version),
     )

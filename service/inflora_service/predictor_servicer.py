@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import cast
 
 from inflora.v1 import predictor_service_pb2 as pb
@@ -11,10 +12,14 @@ from inflora.v1 import predictor_service_pb2_grpc
 from inflora_core.config import Limits
 from inflora_core.errors import InvalidInputError, StateError
 from inflora_service import codec, names
+from inflora_service.aio import in_order
 from inflora_service.errors import Context, fields_under
 from inflora_service.serving import DEFAULT_TOP_K, ModelHost
 from inflora_service.tasks import TaskQueue
 from inflora_service.turns import FOREVER
+
+STREAM_AHEAD = 4
+"""Requests of a stream worked on at a time: the next are decoded while one is classified."""
 
 
 class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
@@ -33,10 +38,18 @@ class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
         self, request_iterator: AsyncIterator[pb.PredictStreamRequest], context: Context
     ) -> AsyncIterator[pb.PredictStreamResponse]:
         """Classify images, request by request."""
-        async for message in request_iterator:
+        until = deadline(context)
+
+        async def answer(message: pb.PredictStreamRequest) -> pb.PredictStreamResponse:
             with fields_under("request."):
-                response = await self._predict(message.request, deadline(context))
-            yield pb.PredictStreamResponse(response=response, correlation_id=message.correlation_id)
+                response = await self._predict(message.request, until)
+            return pb.PredictStreamResponse(
+                response=response, correlation_id=message.correlation_id
+            )
+
+        async with aclosing(in_order(request_iterator, answer, STREAM_AHEAD)) as answers:
+            async for each in answers:
+                yield each
 
     async def _predict(self, request: pb.PredictRequest, until: float) -> pb.PredictResponse:
         codec.check_size(request, self._limits, field="images")
@@ -62,7 +75,7 @@ class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
                 with fields_under("", name="task"):
                     await self._tasks.get(task)  # a task that nobody knows is NOT_FOUND
             raise
-        return codec.encode_answer(answer)
+        return codec.encode_answer(answer, embedding=request.return_embedding)
 
 
 def deadline(context: Context) -> float:

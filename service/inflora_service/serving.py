@@ -68,11 +68,13 @@ class Answer:
         version: Number of the version.
         scores: For each image (label, probability), best first.
         novelty: For each image, 0 (known) to 1 (new).
+        embedding: (n, d) float32, what the backbone makes of the images.
     """
 
     version: int
     scores: list[list[tuple[str, float]]]
     novelty: list[float]
+    embedding: Floats
 
 
 class ModelHost:
@@ -462,7 +464,9 @@ class ModelHost:
 
         def finish(answers: Answers) -> Answer:
             scores = top_classes(answers, predictor.card, top_k, task)
-            return Answer(loaded.version.number, scores, answers.novelty.tolist())
+            return Answer(
+                loaded.version.number, scores, answers.novelty.tolist(), answers.embedding
+            )
 
         return await self._batcher.predict(predictor, images, finish, deadline)
 

@@ -335,6 +335,7 @@ class Predictor(predictor_grpc.PredictorServiceServicer):
                         predictor.ClassScore(label="other", probability=0.25),
                     ][: request.top_k],
                     novelty=0.25,
+                    embedding=[0.5, -1.0] if request.return_embedding else (),
                 )
                 for image in request.images
             ],

@@ -391,6 +391,15 @@ class TestPredict:
         assert peer.calls["Predict"][0].version == ""
         assert peer.calls["Predict"][0].task == ""
 
+    def test_embeddings_are_there_if_asked_for(self, client: Client) -> None:
+        for wanted in (False, True):
+            expected = (0.5, -1.0) if wanted else ()
+            answers = [
+                client.predict([b"a"], return_embedding=wanted),
+                *client.predict_stream([[b"a"]], return_embedding=wanted),
+            ]
+            assert [answer.predictions[0].embedding for answer in answers] == [expected] * 2
+
     def test_is_retried_however_large_the_images(self, client: Client, peer: Peer) -> None:
         peer.failures["Predict"] += [status("UNAVAILABLE")] * 2
         assert len(client.predict([b"x" * 3_000_000]).predictions) == 1

@@ -14,6 +14,7 @@ import pytest
 
 from inflora.v1 import predictor_service_pb2 as pb
 from inflora_service import serving
+from inflora_service.predictor_servicer import STREAM_AHEAD
 from inflora_service.server import Settings
 from tests.service.conftest import BLUE, GREEN, RED, WHITE, Running, fails, png
 from tests.service.holding import Watched, gate
@@ -139,6 +140,51 @@ async def test_a_stream_is_answered_in_its_order(running: Running) -> None:
         ["blue"],
         ["white"],
     ]
+
+
+async def test_a_stream_ends_with_its_first_error(running: Running) -> None:
+    """After the answers to what came before it."""
+    images = [png(RED), png(GREEN), b"no image", png(BLUE)]
+
+    async def requests() -> AsyncIterator[pb.PredictStreamRequest]:
+        for image in images:
+            yield pb.PredictStreamRequest(request=pb.PredictRequest(images=[image]))
+
+    answers = []
+    with fails("INVALID_ARGUMENT", "INVALID_IMAGE", "request.images[0]"):
+        async for answer in running.predictor.PredictStream(requests()):
+            answers += best(answer.response)
+    assert answers == ["red", "green"]
+
+
+async def test_a_stream_that_is_given_up_leaves_nothing_at_work(
+    narrow: Running, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def requests() -> AsyncIterator[pb.PredictStreamRequest]:
+        while True:
+            yield pb.PredictStreamRequest(request=pb.PredictRequest(images=[HELD]))
+
+    with gate(monkeypatch, HELD) as held:
+        stream = narrow.predictor.PredictStream(requests())
+        reading = asyncio.ensure_future(anext(aiter(stream)))
+        await watched.until(lambda: watched.images == STREAM_AHEAD)  # no more are taken
+        assert await asyncio.to_thread(held.arrived.wait, 60)
+        stream.cancel()
+        await watched.until(lambda: watched.images == 0)
+        held.open.set()
+    await watched.until(lambda: watched.idle)
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+async def test_embeddings_on_request(running: Running) -> None:
+    """The stand-in's is the mean colour."""
+    plain = await running.predictor.Predict(pb.PredictRequest(images=[png(RED)]))
+    assert not plain.predictions[0].embedding
+    request = pb.PredictRequest(images=[png(RED), png(WHITE)], return_embedding=True)
+    answer = await running.predictor.Predict(request)
+    found = [list(each.embedding) for each in answer.predictions]
+    assert found == [pytest.approx([1, 0, 0], abs=1e-5), pytest.approx([1, 1, 1], abs=1e-5)]
 
 
 async def test_swaps_under_load_lose_no_call(running: Running) -> None:

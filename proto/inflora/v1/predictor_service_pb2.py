@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"inflora/v1/predictor_service.proto\x12\ninflora.v1\"]\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06images\x18\x02 \x03(\x0c\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\"0\n\nClassScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\"E\n\nPrediction\x12&\n\x06scores\x18\x01 \x03(\x0b\x32\x16.inflora.v1.ClassScore\x12\x0f\n\x07novelty\x18\x02 \x01(\x02\"O\n\x0fPredictResponse\x12+\n\x0bpredictions\x18\x01 \x03(\x0b\x32\x16.inflora.v1.Prediction\x12\x0f\n\x07version\x18\x02 \x01(\t\"[\n\x14PredictStreamRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.inflora.v1.PredictRequest\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\"^\n\x15PredictStreamResponse\x12-\n\x08response\x18\x01 \x01(\x0b\x32\x1b.inflora.v1.PredictResponse\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t2\xb0\x01\n\x10PredictorService\x12\x42\n\x07Predict\x12\x1a.inflora.v1.PredictRequest\x1a\x1b.inflora.v1.PredictResponse\x12X\n\rPredictStream\x12 .inflora.v1.PredictStreamRequest\x1a!.inflora.v1.PredictStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"inflora/v1/predictor_service.proto\x12\ninflora.v1\"w\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06images\x18\x02 \x03(\x0c\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x18\n\x10return_embedding\x18\x06 \x01(\x08\"0\n\nClassScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\"X\n\nPrediction\x12&\n\x06scores\x18\x01 \x03(\x0b\x32\x16.inflora.v1.ClassScore\x12\x0f\n\x07novelty\x18\x02 \x01(\x02\x12\x11\n\tembedding\x18\x03 \x03(\x02\"O\n\x0fPredictResponse\x12+\n\x0bpredictions\x18\x01 \x03(\x0b\x32\x16.inflora.v1.Prediction\x12\x0f\n\x07version\x18\x02 \x01(\t\"[\n\x14PredictStreamRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.inflora.v1.PredictRequest\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\"^\n\x15PredictStreamResponse\x12-\n\x08response\x18\x01 \x01(\x0b\x32\x1b.inflora.v1.PredictResponse\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t2\xb0\x01\n\x10PredictorService\x12\x42\n\x07Predict\x12\x1a.inflora.v1.PredictRequest\x1a\x1b.inflora.v1.PredictResponse\x12X\n\rPredictStream\x12 .inflora.v1.PredictStreamRequest\x1a!.inflora.v1.PredictStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,17 +32,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'inflora.v1.predictor_servic
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREDICTREQUEST']._serialized_start=50
-  _globals['_PREDICTREQUEST']._serialized_end=143
-  _globals['_CLASSSCORE']._serialized_start=145
-  _globals['_CLASSSCORE']._serialized_end=193
-  _globals['_PREDICTION']._serialized_start=195
-  _globals['_PREDICTION']._serialized_end=264
-  _globals['_PREDICTRESPONSE']._serialized_start=266
-  _globals['_PREDICTRESPONSE']._serialized_end=345
-  _globals['_PREDICTSTREAMREQUEST']._serialized_start=347
-  _globals['_PREDICTSTREAMREQUEST']._serialized_end=438
-  _globals['_PREDICTSTREAMRESPONSE']._serialized_start=440
-  _globals['_PREDICTSTREAMRESPONSE']._serialized_end=534
-  _globals['_PREDICTORSERVICE']._serialized_start=537
-  _globals['_PREDICTORSERVICE']._serialized_end=713
+  _globals['_PREDICTREQUEST']._serialized_end=169
+  _globals['_CLASSSCORE']._serialized_start=171
+  _globals['_CLASSSCORE']._serialized_end=219
+  _globals['_PREDICTION']._serialized_start=221
+  _globals['_PREDICTION']._serialized_end=309
+  _globals['_PREDICTRESPONSE']._serialized_start=311
+  _globals['_PREDICTRESPONSE']._serialized_end=390
+  _globals['_PREDICTSTREAMREQUEST']._serialized_start=392
+  _globals['_PREDICTSTREAMREQUEST']._serialized_end=483
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_start=485
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_end=579
+  _globals['_PREDICTORSERVICE']._serialized_start=582
+  _globals['_PREDICTORSERVICE']._serialized_end=758
 # @@protoc_insertion_point(module_scope)

@@ -29,6 +29,7 @@ class PredictRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
+    RETURN_EMBEDDING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """`models/{model}`. Empty means `models/default`."""
     top_k: _builtins.int
@@ -39,6 +40,8 @@ class PredictRequest(_message.Message):
     """
     task: _builtins.str
     """When the caller knows it: only the classes of this task, `models/{model}/tasks/{task}`, compete."""
+    return_embedding: _builtins.bool
+    """Whether to return embeddings, too."""
     @_builtins.property
     def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Encoded image files as in `Example.image`; at least one, of any and mixed sizes."""
@@ -51,10 +54,11 @@ class PredictRequest(_message.Message):
         top_k: _builtins.int = ...,
         version: _builtins.str = ...,
         task: _builtins.str = ...,
+        return_embedding: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "task", b"task", "top_k", b"top_k", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "return_embedding", b"return_embedding", "task", b"task", "top_k", b"top_k", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -94,6 +98,7 @@ class Prediction(_message.Message):
 
     SCORES_FIELD_NUMBER: _builtins.int
     NOVELTY_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     novelty: _builtins.float
     """How little the image looks like any known class, 0 (known) to 1 (new): the share of images of
     known classes that look less new, measured on held-out images. Taking what is above 0.95 for new
@@ -103,15 +108,22 @@ class Prediction(_message.Message):
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassScore]:
         """The likeliest classes, best first."""
 
+    @_builtins.property
+    def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """What the version's backbone makes of the image, if `return_embedding` asks for it; else empty.
+        Its length is the backbone's. Those of one version can be compared; learning moves them.
+        """
+
     def __init__(
         self,
         *,
         scores: _abc.Iterable[Global___ClassScore] | None = ...,
         novelty: _builtins.float = ...,
+        embedding: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["novelty", b"novelty", "scores", b"scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "novelty", b"novelty", "scores", b"scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

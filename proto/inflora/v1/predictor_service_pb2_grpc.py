@@ -89,7 +89,9 @@ class PredictorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PredictStream(self, request_iterator, context):
-        """Predict for a sequence of requests, answered in order. The first error ends the stream.
+        """Predict for a sequence of requests, answered in order. A few are worked on at a time, and no more
+        are taken while answers wait to be read. A deadline is that of the whole stream. The first error
+        ends the stream.
 
         Errors: as Predict; fields begin with `request.`.
         """

@@ -62,7 +62,9 @@ class PredictorServiceStub:
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     PredictStream: _grpc.StreamStreamMultiCallable[_predictor_service_pb2.PredictStreamRequest, _predictor_service_pb2.PredictStreamResponse]
-    """Predict for a sequence of requests, answered in order. The first error ends the stream.
+    """Predict for a sequence of requests, answered in order. A few are worked on at a time, and no more
+    are taken while answers wait to be read. A deadline is that of the whole stream. The first error
+    ends the stream.
 
     Errors: as Predict; fields begin with `request.`.
     """
@@ -101,7 +103,9 @@ class PredictorServiceAsyncStub(PredictorServiceStub):
     - UNAVAILABLE: the server is stopping or not reachable. Retry.
     """
     PredictStream: _aio.StreamStreamMultiCallable[_predictor_service_pb2.PredictStreamRequest, _predictor_service_pb2.PredictStreamResponse]  # type: ignore[assignment]
-    """Predict for a sequence of requests, answered in order. The first error ends the stream.
+    """Predict for a sequence of requests, answered in order. A few are worked on at a time, and no more
+    are taken while answers wait to be read. A deadline is that of the whole stream. The first error
+    ends the stream.
 
     Errors: as Predict; fields begin with `request.`.
     """
@@ -149,7 +153,9 @@ class PredictorServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_predictor_service_pb2.PredictStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_predictor_service_pb2.PredictStreamResponse], _abc.AsyncIterator[_predictor_service_pb2.PredictStreamResponse]]:
-        """Predict for a sequence of requests, answered in order. The first error ends the stream.
+        """Predict for a sequence of requests, answered in order. A few are worked on at a time, and no more
+        are taken while answers wait to be read. A deadline is that of the whole stream. The first error
+        ends the stream.
 
         Errors: as Predict; fields begin with `request.`.
         """
