@@ -132,7 +132,9 @@ class AsyncClient(ClientBase):
         """As ``Client.predict_stream``; the requests may come asynchronously, too."""
         async with self._bridge() as bridge:
             source = bridge.source(requests)
-            results = bridge.iterate(lambda c: c.predict_stream(source, top_k, version, task))
+            results = bridge.iterate(
+                lambda client: client.predict_stream(source, top_k, version, task, return_embedding)
+            )
             async with aclosing(results):
                 async for result in results:
                     yield result
