@@ -361,6 +361,16 @@ def _fail(channel: Channel, task: str | None, error: InfloraError) -> None:
     channel.send("failed", task=task, reason=error.reason, message=error.message, field=error.field)
 
 
+def _let_others_first(nice: int) -> None:
+    """Have the kernel prefer other processes."""
+    os.nice(nice)
+    if os.getsid(0) == os.getpid():
+        # Where Linux groups processes by session, it weighs groups, and what is nice within one of
+        # its own counts for nothing.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(nice))
+
+
 def main() -> None:
     """Read the command line and serve."""
     parser = argparse.ArgumentParser(description="InfLoRA learning worker; started by the server.")
@@ -368,13 +378,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="0: all processors but one")
     parser.add_argument("--memory-bytes", type=int, default=0, help="0: any")
+    parser.add_argument("--nice", type=int, default=10, help="0 to 19, how far others come first")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s")
     # Libraries print to standard output; only events may.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     channel = Channel(sys.stdin, events)
-    os.nice(10)
+    _let_others_first(args.nice)
     with contextlib.suppress(OSError):
         # Should memory run out, this process has to go, not the one that predicts.
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -108,6 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     add(group, "--device", defaults.device, "where to learn", choices=("auto", "cpu", "cuda"))
     add(group, "--learn-threads", 0, "threads of learning; 0: all processors but one", type=int)
     add(group, "--learn-memory-bytes", 0, "memory that learning may take; 0: any", type=int)
+    add(
+        group,
+        "--learn-nice",
+        defaults.learn_nice,
+        "how far predictions come before learning, where both want a processor",
+        type=int,
+        choices=range(20),
+        metavar="0-19",
+    )
 
     group = parser.add_argument_group(
         "the publish gate: a version over one of these limits is kept, but does not answer"
@@ -234,6 +243,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         predict_runs=arguments.predict_runs,
         learn_threads=arguments.learn_threads,
         learn_memory_bytes=arguments.learn_memory_bytes,
+        learn_nice=arguments.learn_nice,
         device=arguments.device,
         keep_examples=arguments.keep_examples,
         limits=_limits(arguments),

@@ -86,6 +86,7 @@ class Settings:
         predict_runs: Runs of the model on the CPU that share them; 0: one for each thread.
         learn_threads: Threads of the learning worker; 0: all processors but one.
         learn_memory_bytes: Memory that the learning worker may take; 0: any.
+        learn_nice: How far other processes come before the learning worker, 0 (not at all) to 19.
         device: What the learning worker learns on: ``auto``, ``cpu`` or ``cuda``.
         keep_examples: How long examples are kept once their task has ended.
         drain_seconds: How long running calls may take when the server stops.
@@ -107,6 +108,7 @@ class Settings:
     predict_runs: int = 0
     learn_threads: int = 0
     learn_memory_bytes: int = 0
+    learn_nice: int = 10
     device: str = "auto"
     keep_examples: KeepExamples = "never"
     drain_seconds: float = 30.0
@@ -242,6 +244,7 @@ class Server:
             *("--device", settings.device),
             *("--threads", str(settings.learn_threads)),
             *("--memory-bytes", str(settings.learn_memory_bytes)),
+            *("--nice", str(settings.learn_nice)),
         )
 
     async def _make_backbone(self, store: Store, learner: LearnerProcess) -> None:

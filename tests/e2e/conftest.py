@@ -39,10 +39,10 @@ def connect(server: RunningServer) -> Client:
 
 
 @contextmanager
-def serving(folder: Path, *, stop: bool = True) -> Iterator[RunningServer]:
+def serving(folder: Path, *options: str, stop: bool = True) -> Iterator[RunningServer]:
     """Run a server in ``folder``, where another one may have run before."""
     (folder / "ready").unlink(missing_ok=True)  # it holds the address of that one
-    with running_server(folder, QUICK, stop=stop) as server:
+    with running_server(folder, (*QUICK, *options), stop=stop) as server:
         yield server
 
 

@@ -89,6 +89,18 @@ def test_a_task_that_was_being_learned_is_finished_once(folder: Path, gently: bo
     assert not list((folder / "store" / "spool").iterdir())
 
 
+def test_the_worker_lets_predictions_come_first(folder: Path) -> None:
+    """Also where Linux weighs sessions, of which the worker has its own, and not processes."""
+    with serving(folder, "--learn-nice", "7") as server, connect(server) as client:
+        learn(client, "red", "green")
+        worker = server.worker_pid()
+        priorities = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (server.process.pid, worker)]
+        assert priorities[1] - priorities[0] == 7
+        group = Path(f"/proc/{worker}/autogroup")
+        if group.exists():
+            assert group.read_text().split()[-2:] == ["nice", "7"]
+
+
 def versions_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("store/models/default/versions/*"))
 

@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--memory-bytes", type=int, required=True)
+    parser.add_argument("--nice", type=int, required=True)
     arguments = parser.parse_args()
     Worker(arguments.store, arguments.script).serve()
 
