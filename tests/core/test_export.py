@@ -311,7 +311,8 @@ def test_a_difference_is_found(vit: Exported) -> None:
     right = torch_model(backbone, model)
 
     other = replace(model, head_bias=model.head_bias + np.float32([0, 1e-3, 0]))
-    with pytest.raises(ParityError, match="differ by 1"):
+    # A thousandth, as far as rounding goes.
+    with pytest.raises(ParityError, match=r"differ by (1\.0|9\.9)\de-0[34]"):
         check_parity(file, torch_model(backbone, other), pixels, images, backbone)
     with pytest.raises(ParityError, match="not all logits are finite"):
         check_parity(file, lambda x: right(x) * torch.nan, pixels, images, backbone)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from inflora_core import durable, edits
 from inflora_core.edits import Edited
-from inflora_core.errors import DamagedError, NotFoundError, StateError
+from inflora_core.errors import DamagedError, InvalidInputError, NotFoundError, StateError
 from inflora_core.model import MARK, ClassUpdate, Forget, VersionState, position_of
 from inflora_core.store import ONNX_FILE, Forgotten, Store
 from tests.core.test_store import assert_same, open_with_backbone, publish
@@ -213,7 +213,7 @@ def test_what_was_forgotten_before_can_be_purged(store: Store) -> None:
     assert not holding(store.root, SECOND)
     with pytest.raises(NotFoundError):  # nobody knows any more what it was called
         edit(store, 6, Forget((SECOND,), purge=True))
-    with pytest.raises(NotFoundError):
+    with pytest.raises(InvalidInputError):
         edit(store, 6, Forget((MARK,), purge=True))
 
 

@@ -388,13 +388,7 @@ class Machine(RuleBasedStateMachine):
     @contextmanager
     def releasing(self) -> Iterator[None]:
         """Do something that may give up what the worker is held at."""
-        paused = self.expected.paused
         yield
-        if paused is not None and self.expected.paused is None:
-            self.released(paused)
-
-    def released(self, point: str) -> None:
-        """The worker is not held at ``point`` any more."""
 
     def sent(self, request: Request) -> None:
         """Send a new request."""

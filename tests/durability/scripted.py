@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
@@ -59,8 +60,7 @@ class Scripted(Machine):
         self.worker_started()
 
     def worker_started(self) -> None:
-        self.loop.run(in_time(self.script.reached("START")))
-        self.script.release("START")
+        self.loop.run(in_time(self.script.let_pass("START")))
 
     def images(self, colour: Colour) -> list[bytes]:
         return [png(colour)]
@@ -164,8 +164,14 @@ class Scripted(Machine):
 
     # -- how it is done -----------------------------------------------------------------------
 
-    def released(self, point: str) -> None:
-        self.script.release(point)
+    @contextmanager
+    def releasing(self) -> Iterator[None]:
+        paused = self.expected.paused
+        before = self.script.waiting_at(paused)
+        with super().releasing():
+            yield
+        if paused is not None and self.expected.paused is None:
+            self.script.leave(paused, before)
 
     def hold_at(self, point: str) -> None:
         self.expected.hold = point

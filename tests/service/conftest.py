@@ -136,6 +136,27 @@ class Script:
         _, go_on = self._waiting.pop(point)
         go_on(answer or {"do": "go"})
 
+    async def let_pass(self, point: str) -> None:
+        """Wait until a worker waits at ``point``, and let it go on, and all that come."""
+        # One that was killed with its server may seem to wait, and be gone when this is told.
+        while point not in self._waiting:
+            await self.reached(point)
+        self.release(point)
+
+    def waiting_at(self, point: str | None) -> object:
+        """Return what tells the worker that waits at ``point`` from the next one that will."""
+        return self._waiting.get(point) if point is not None else None
+
+    def leave(self, point: str, before: object) -> None:
+        """Let go of a worker that was told by the server to give up what it waits for.
+
+        Not by an answer, which it might hear first. Should it have come by again, it goes on.
+        """
+        self.pass_from_now_on(point)
+        again = self._waiting.pop(point, None)
+        if again is not None and again is not before:
+            again[1]({"do": "go"})
+
     def gone(self) -> None:
         """The worker has ended with its server: it waits nowhere."""
         self._waiting.clear()

@@ -55,8 +55,9 @@ async def test_a_task_begins_anew_on_it(taught: Running, script: Script, stage: 
     script.hold(stage)
     task = await taught.learn({"blue": [png(BLUE)]})
     await script.reached(stage)
+    held = script.waiting_at(stage)
     assert (await promote(taught, 1)).current
-    script.release(stage)
+    script.leave(stage, held)
 
     ended = await taught.ended(task.name)
     assert (ended.state, ended.version) == (pb.TASK_STATE_PUBLISHED, name_of(3))
@@ -72,8 +73,9 @@ async def test_an_edit_does_so_too(taught: Running, script: Script) -> None:
     update = learner_pb.UpdateClassRequest(parent="models/default", label="red", new_label="rot")
     task = (await taught.learner.UpdateClass(update)).task
     await script.reached("CHECKING")
+    held = script.waiting_at("CHECKING")
     await promote(taught, 1)
-    script.release("CHECKING")
+    script.leave("CHECKING", held)
     assert (await taught.ended(task.name)).state == pb.TASK_STATE_PUBLISHED
     assert await parent(taught, 3) == name_of(1)
     assert await known(taught) == {"rot"}
