@@ -51,7 +51,7 @@ export UV_PYTHON_DOWNLOADS := never
 STUB_TOOLS := --with grpcio-tools==1.76.0 --with mypy-protobuf==5.1.0
 PROTOC = $(UV) run --quiet --isolated --no-project --python '$(PYTHON)' $(STUB_TOOLS) \
 	python -m grpc_tools.protoc
-PROTOS := $(sort $(wildcard proto/inflora/*/*.proto))
+PROTOS := $(sort $(wildcard proto/inflora/v1/*.proto proto/inflora/oip/v2/*.proto))
 GOOGLEAPIS := build/googleapis
 STUBS := build/stubs
 
