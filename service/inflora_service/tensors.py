@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -301,5 +300,7 @@ def _output_type(name: str) -> str:
     return BYTES if name in (LABELS, CLASSES) else FP32
 
 
-def _said(shape: Sequence[Any]) -> str:
-    return short(str(list(shape)))
+def _said(shape: Sequence[int]) -> str:
+    """Return a shape as error messages have it, which is cut if it is long."""
+    more = ", ..." if len(shape) > 8 else ""
+    return f"[{', '.join(map(str, shape[:8]))}{more}]"

@@ -358,6 +358,7 @@ REFUSED: dict[str, tuple[pb.ModelInferRequest, str]] = {
     "fewer than no images": (shaped(-1), SHAPE),
     "two columns": (shaped(1, 2), SHAPE),
     "three sides": (shaped(1, 1, 1), SHAPE),
+    "sides without end": (shaped(*[1] * 1000), SHAPE),
     "no pixels": (shaped(0, 12, 16, 3, pixels=True), SHAPE),
     "one image without the first side": (shaped(12, 16, 3, pixels=True), SHAPE),
     "channels first": (shaped(1, 3, 12, 16, pixels=True), SHAPE),
