@@ -41,6 +41,9 @@ VENV := $(if $(GPU),.venv-gpu,.venv)
 LOCK := $(if $(GPU),requirements-gpu.lock,requirements.lock)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Clients of the Open Inference Protocol, for the tests; they need an older protobuf than ours.
+OIP_VENV := .venv-oip
+OIP_READY := $(OIP_VENV)/.ready
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.cache/uv/bin/uv)
@@ -51,7 +54,7 @@ export UV_PYTHON_DOWNLOADS := never
 STUB_TOOLS := --with grpcio-tools==1.76.0 --with mypy-protobuf==5.1.0
 PROTOC = $(UV) run --quiet --isolated --no-project --python '$(PYTHON)' $(STUB_TOOLS) \
 	python -m grpc_tools.protoc
-PROTOS := $(sort $(wildcard proto/inflora/*/*.proto))
+PROTOS := $(sort $(wildcard proto/inflora/v1/*.proto proto/inflora/oip/v2/*.proto))
 GOOGLEAPIS := build/googleapis
 STUBS := build/stubs
 
@@ -116,8 +119,11 @@ ACCURACY_FLAGS = $(call flag,data,$(DATA)) $(call flag,backbone,$(BACKBONE)) \
 .PHONY: venv
 venv: $(READY) ## only make the environment, .venv
 
+.PHONY: venv-oip
+venv-oip: $(OIP_READY) ## likewise that of the Open Inference Protocol's clients, .venv-oip
+
 .PHONY: test
-test: $(READY) ## all tests but the slow ones (PYTEST=flags)
+test: $(READY) $(OIP_READY) ## all tests but the slow ones (PYTEST=flags)
 	@# One process for each processor, and one thread in each: more would only wait for each other.
 	@# Files in their order: else those with the fewest tests, which take longest, would be left to one.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n auto --dist loadfile --no-loadscope-reorder $(PYTEST)
@@ -210,18 +216,19 @@ proto: $(STUBS)/.made ## regenerate the stubs beside the .proto files
 
 .PHONY: lock
 lock: $(UV) ## resolve the dependencies again (UPGRADE=1: to their newest versions)
-	$(call compile,cpu,requirements.lock)
-	$(call compile,gpu,requirements-gpu.lock)
+	$(call compile,pyproject.toml --extra learner --extra cpu --extra dev,requirements.lock)
+	$(call compile,pyproject.toml --extra learner --extra gpu --extra dev,requirements-gpu.lock)
+	$(call compile,--group oip-clients,requirements-oip.lock)
 
-# $(call compile,extra,file): names, versions and hashes for every platform, and no addresses.
+# $(call compile,what,file): names, versions and hashes for every platform, and no addresses.
 UPGRADE ?=
-compile = $(UV) pip compile pyproject.toml --quiet --universal --generate-hashes \
+compile = $(UV) pip compile $(1) --quiet --universal --generate-hashes \
 	--python-version 3.11 --no-emit-index-url --custom-compile-command 'make lock' \
-	--extra learner --extra $(1) --extra dev $(if $(UPGRADE),--upgrade) --output-file $(2)
+	$(if $(UPGRADE),--upgrade) --output-file $(2)
 
 .PHONY: clean
 clean: ## remove everything that was made here, the environment included
-	rm -rf .cache .venv .venv-gpu build dist .hypothesis .import_linter_cache .mypy_cache \
+	rm -rf .cache .venv .venv-gpu .venv-oip build dist .hypothesis .import_linter_cache .mypy_cache \
 		.pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -232,6 +239,11 @@ $(READY): pyproject.toml $(LOCK) | $(UV)
 	@test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python '$(PYTHON)' $(VENV)
 	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(OIP_READY): requirements-oip.lock | $(UV)
+	@test -x $(OIP_VENV)/bin/python || $(UV) venv --quiet --allow-existing --python '$(PYTHON)' $(OIP_VENV)
+	$(UV) pip sync --quiet --python $(OIP_VENV)/bin/python --require-hashes requirements-oip.lock
 	@touch $@
 
 .cache/uv/bin/uv:

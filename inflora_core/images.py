@@ -68,7 +68,8 @@ def decode(data: bytes, limits: Limits, *, field: str = "image") -> NDArray[np.u
         )
     try:
         with _open(data) as image:
-            _check_size(image, limits)
+            # With nothing read but the header: what is refused must not be decoded.
+            check_sides(*image.size, limits)
             _check_kind(image, data)
             if image.format == "PNG":
                 # Loading skips the checksums of image data: a flipped bit would be learned.
@@ -129,23 +130,34 @@ def _unknown(data: bytes) -> str:
     return "the data is no readable image, or its header is damaged: send JPEG, PNG, WebP or BMP"
 
 
-def _check_size(image: ImageFile.ImageFile, limits: Limits) -> None:
-    """Refuse what must not be decoded: called with nothing read but the header."""
-    width, height = image.size
-    shorter, longer = sorted(image.size)
+def check_sides(width: int, height: int, limits: Limits, *, field: str = "") -> None:
+    """Refuse an image for its size.
+
+    Args:
+        width: In pixels.
+        height: Likewise.
+        limits: Those called ``image_``.
+        field: What errors name.
+
+    Raises:
+        InvalidImageError: it is too small, narrow or large.
+    """
+    shorter, longer = sorted((width, height))
     size = f"the image is {width} x {height} pixels"
     if width * height > limits.image_pixels:
         raise InvalidImageError(
-            f"{size}; at most {limits.image_pixels} pixels in all are accepted: scale it down"
+            f"{size}; at most {limits.image_pixels} pixels in all are accepted: scale it down",
+            field=field,
         )
     if shorter < limits.image_side_min:
         raise InvalidImageError(
-            f"{size}; its shorter side must have at least {limits.image_side_min}"
+            f"{size}; its shorter side must have at least {limits.image_side_min}", field=field
         )
     if longer > limits.image_aspect * shorter:
         raise InvalidImageError(
             f"{size}; its longer side may be at most {limits.image_aspect} times its shorter: "
-            "crop it"
+            "crop it",
+            field=field,
         )
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from inflora_core import wire
 from inflora_core.errors import DamagedError, InvalidInputError, StateError, UnavailableError
-from inflora_core.graph import IMAGES, OUTPUTS, PIXELS, ModelCard, read_metadata, split
+from inflora_core.graph import EMBEDDING, IMAGES, OUTPUTS, PIXELS, ModelCard, read_metadata, split
 
 Floats = NDArray[np.float32]
 
@@ -158,6 +158,12 @@ class Predictor:
     def provider(self) -> str:
         """The provider that really runs the model, whatever was asked for."""
         return str(self._classify.get_providers()[0])
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the embedding."""
+        (shape,) = (node.shape for node in self._classify.get_outputs() if node.name == EMBEDDING)
+        return int(shape[1])
 
     def preprocess(self, image: NDArray[np.uint8]) -> Floats:
         """Return the model-sized tensor of one image.

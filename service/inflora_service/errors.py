@@ -123,7 +123,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(_unknown_method)
-        if not handler_call_details.method.startswith("/inflora."):
+        if not handler_call_details.method.startswith(("/inflora.", "/inference.")):
             return handler  # health and reflection have statuses of their own
         return _guarded(handler)
 

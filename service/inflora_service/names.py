@@ -23,7 +23,8 @@ _ID = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _MODEL = re.compile(rf"models/({_ID})")
 _TASK = re.compile(rf"models/({_ID})/tasks/({_ID})")
 # Nine digits: more versions than a disk holds, and the number always fits an int32 and a file name.
-_VERSION = re.compile(rf"models/({_ID})/versions/([1-9][0-9]{{0,8}}|current)")
+_NUMBER = r"[1-9][0-9]{0,8}"
+_VERSION = re.compile(rf"models/({_ID})/versions/({_NUMBER}|current)")
 
 
 def is_task_id(text: str) -> bool:
@@ -86,16 +87,40 @@ def parse_version_or_current(name: str, *, field: str) -> int | None:
     return None if number == "current" else int(number)
 
 
+def check_model_id(text: str, *, field: str) -> None:
+    """Accept the id of the server's model.
+
+    Raises:
+        InvalidInputError: there is none.
+        NotFoundError: there is no such model.
+    """
+    if not text:
+        raise InvalidInputError(f"say which model is meant: {MODEL!r}", field=field)
+    if text != MODEL:
+        raise NotFoundError(f"there is no model {short(text)}, only {MODEL!r}", field=field)
+
+
+def parse_number(text: str, *, field: str) -> int | None:
+    """Return the number of a version, None for "".
+
+    Raises:
+        InvalidInputError: it is not the number of a version.
+    """
+    if text and not re.fullmatch(_NUMBER, text):
+        raise InvalidInputError(f"{short(text)} is not the number of a version", field=field)
+    return int(text) if text else None
+
+
 def _match(pattern: re.Pattern[str], name: str, form: str, field: str) -> re.Match[str]:
     match = pattern.fullmatch(name)
     if match is None:
-        raise InvalidInputError(f"{_short(name)} is not a name of the form {form}", field=field)
+        raise InvalidInputError(f"{short(name)} is not a name of the form {form}", field=field)
     if match[1] != MODEL:
         raise NotFoundError(f"there is no model {match[1]!r}, only {MODEL!r}", field=field)
     return match
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """Return ``name`` quoted, and cut to what an error message can carry."""
     return ascii(name if len(name) <= 100 else name[:100] + "...")
 

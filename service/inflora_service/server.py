@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from inflora.oip.v2 import open_inference_pb2, open_inference_pb2_grpc
 from inflora.v1 import (
     evaluator_service_pb2,
     evaluator_service_pb2_grpc,
@@ -44,6 +45,7 @@ from inflora_service.examples import Examples, KeepExamples
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
 from inflora_service.model_servicer import ModelServicer
+from inflora_service.oip_servicer import OipServicer
 from inflora_service.predictor_servicer import PredictorServicer
 from inflora_service.records import TaskRecords
 from inflora_service.resuming import Uploads
@@ -59,6 +61,7 @@ LEARNER = learner_service_pb2.DESCRIPTOR.services_by_name["LearnerService"].full
 PREDICTOR = predictor_service_pb2.DESCRIPTOR.services_by_name["PredictorService"].full_name
 EVALUATOR = evaluator_service_pb2.DESCRIPTOR.services_by_name["EvaluatorService"].full_name
 MODEL = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+OIP = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 CURRENT = f"{MODEL}/current"
 """Names under which health is asked for; ``SERVER`` is the server as a whole. ``CURRENT`` alone is
 not serving while another version answers in place of the current one."""
@@ -300,13 +303,17 @@ class Server:
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(store, host, tasks), server
         )
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            OipServicer(store, host, self._settings.limits), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (LEARNER, PREDICTOR, EVALUATOR, MODEL, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        ours = (LEARNER, PREDICTOR, EVALUATOR, MODEL, OIP)
+        names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
 
     def _set_answering(self, answering: bool) -> None:
         """Say whether there is a version that can answer."""
-        for service in (PREDICTOR, EVALUATOR):
+        for service in (PREDICTOR, EVALUATOR, OIP):
             self._set_health(service, answering)
 
     def _set_health(self, service: str, serving: bool) -> None:

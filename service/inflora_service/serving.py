@@ -38,7 +38,7 @@ from inflora_core.store import ONNX_FILE, Store
 from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
 from inflora_service.batching import Batcher
-from inflora_service.turns import FOREVER
+from inflora_service.turns import FOREVER, Source
 
 log = logging.getLogger(__name__)
 
@@ -453,12 +453,7 @@ class ModelHost:
             NotFoundError: there is no such version.
             DamagedError: the version is damaged.
         """
-        if not images:
-            raise InvalidInputError("send at least one image", field="images")
-        if len(images) > self._limits.predict_images:
-            raise LimitExceededError(
-                f"a call has at most {self._limits.predict_images} images", field="images"
-            )
+        check_count(len(images), self._limits, field="images")
         loaded = await self.answering(version)
         predictor = loaded.predictor
 
@@ -468,7 +463,7 @@ class ModelHost:
                 loaded.version.number, scores, answers.novelty.tolist(), answers.embedding
             )
 
-        return await self._batcher.predict(predictor, images, finish, deadline)
+        return await self.classify(loaded, images, finish, deadline)
 
     async def answering(self, number: int | None) -> Loaded:
         """Return version ``number``, or the current one; it is usable as long as it is held.
@@ -487,6 +482,28 @@ class ModelHost:
                 raise self._fault
             raise StateError("no version is published yet: teach the model a task first")
         return self._current
+
+    async def classify(
+        self,
+        loaded: Loaded,
+        images: Sequence[Source],
+        finish: Callable[[Answers], T],
+        deadline: float = FOREVER,
+    ) -> T:
+        """Return what ``finish`` makes of the answers for images.
+
+        Args:
+            loaded: The version to answer.
+            images: As many as ``check_count`` accepts.
+            finish: Is called in a thread.
+            deadline: When the answer is of no use any more, by ``time.monotonic``.
+
+        Raises:
+            InvalidInputError: an image is not acceptable; the first such is named, ``images[i]``.
+            LimitExceededError: too many are waiting.
+            DeadlineError: it cannot be answered in time.
+        """
+        return await self._batcher.predict(loaded.predictor, images, finish, deadline)
 
     async def classify_in_bulk(
         self, loaded: Loaded, pixels: Sequence[Floats], finish: Callable[[Answers], T]
@@ -580,6 +597,19 @@ class ModelHost:
                 log.warning("version %d cannot be rebuilt: %s", number, cause)
                 raise error from cause
         return self._store.verify(number)
+
+
+def check_count(count: int, limits: Limits, *, field: str) -> None:
+    """Refuse a call for how many images it has.
+
+    Raises:
+        InvalidInputError: it has none.
+        LimitExceededError: it has too many.
+    """
+    if not count:
+        raise InvalidInputError("send at least one image", field=field)
+    if count > limits.predict_images:
+        raise LimitExceededError(f"a call has at most {limits.predict_images} images", field=field)
 
 
 @contextmanager

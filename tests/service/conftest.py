@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from PIL import Image
 
+from inflora.oip.v2 import open_inference_pb2_grpc
 from inflora.v1 import (
     evaluator_service_pb2_grpc,
     learner_service_pb2_grpc,
@@ -220,6 +221,7 @@ class Running:
         self.predictor = predictor_service_pb2_grpc.PredictorServiceStub(channel)
         self.evaluator = evaluator_service_pb2_grpc.EvaluatorServiceStub(channel)
         self.model = model_service_pb2_grpc.ModelServiceStub(channel)
+        self.oip = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
         self.health = health_pb2_grpc.HealthStub(channel)
 
     @property
