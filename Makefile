@@ -234,10 +234,13 @@ clean: ## remove everything that was made here, the environment included
 
 # What the targets above are made of.
 
+# Where Python may not keep what it compiles, every process that imports torch would compile it anew.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+
 # Cheap when nothing changed; brings an existing environment up to date when something did.
 $(READY): pyproject.toml $(LOCK) | $(UV)
 	@test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python '$(PYTHON)' $(VENV)
-	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK)
+	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes $(COMPILE) $(LOCK)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
