@@ -94,6 +94,8 @@ def append(path: Path, data: bytes, at: int) -> None:
             while written < len(data):
                 written += os.pwrite(descriptor, memoryview(data)[written:], at + written)
             os.fsync(descriptor)
+            if new:
+                sync_folder(path.parent)
         except OSError:
             # Half of it on a full disk would look like something that a power cut has torn.
             with contextlib.suppress(OSError):
@@ -101,8 +103,6 @@ def append(path: Path, data: bytes, at: int) -> None:
             raise
     finally:
         os.close(descriptor)
-    if new:
-        sync_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:

@@ -282,6 +282,7 @@ class TaskRecords:
                 raise LimitExceededError("the server's disk is full; retry later") from error
             raise UnavailableError(f"the task records cannot be used: {error}") from error
         except OSError as error:
+            log.warning("the task records cannot be written: %s", error)
             raise durable.shortage(error) or UnavailableError(
                 f"the task records cannot be written: {error}"
             ) from error

@@ -426,11 +426,11 @@ class TaskQueue:
 
     async def _admit(self, task: Task) -> Task:
         await self._check_room()
-        await asyncio.to_thread(self._records.insert, task)
         try:
+            await asyncio.to_thread(self._records.insert, task)
             await self._audit.accepted(task)
-        except InfloraError:
-            await self._insist(self._records.delete, task.id)
+        except Exception:
+            await self._withdraw(task.id)
             raise
         live = _Live(task)
         self._live[task.id] = live
@@ -444,6 +444,13 @@ class TaskQueue:
             sum(task.example_counts),
         )
         return task
+
+    async def _withdraw(self, task: str) -> None:
+        """See that there is no record of a task that its client is told was not accepted."""
+        with contextlib.suppress(InfloraError):
+            # If it is not there, or the records cannot even be read, nothing is waited for.
+            await asyncio.to_thread(self._records.get, task)
+            await self._insist(self._records.delete, task)
 
     async def _check_room(self) -> None:
         if len(self._queue) >= self._limits.queued_tasks:
@@ -842,7 +849,8 @@ class TaskQueue:
         while True:
             try:
                 return await asyncio.to_thread(change, subject)
-            except (InfloraError, OSError, MemoryError) as error:
+            except Exception as error:
+                # Whatever it is: else the queue would end with this task.
                 log.warning("cannot write a task's record, trying on: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 

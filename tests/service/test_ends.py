@@ -34,7 +34,7 @@ from inflora_service.learner_process import LearnerProcess
 from inflora_service.records import Snapshot, TaskRecords
 from inflora_service.server import Settings
 from inflora_service.space import Space
-from tests.service.conftest import BLUE, GREEN, RED, Running, Script, png
+from tests.service.conftest import BLUE, GREEN, RED, Running, Script, fails, png
 
 MANY_FILES = OSError(errno.EMFILE, "too many open files")
 
@@ -151,6 +151,28 @@ async def test_what_current_names_answers_when_a_roll_back_is_only_half_flushed(
     assert running.store.current() == 1
     assert await answered_by(running) == name
     assert moves(running.settings.store)[-1] == (Event.ROLLED_BACK, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("point", "refused"),
+    [
+        ("accept.insert", True),
+        ("accept.inserted", True),
+        ("audit.append", True),
+        ("audit.appended", False),  # by then it was written
+    ],
+)
+async def test_what_was_refused_is_not_there(
+    running: Running, monkeypatch: pytest.MonkeyPatch, point: str, refused: bool
+) -> None:
+    """Wherever the disk was full, no record and no entry of the log speaks of it."""
+    reach_once(monkeypatch, point, errno.ENOSPC)
+    if refused:
+        with fails("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED"):
+            await running.learn({"a": [png()]}, request_id="r")
+        assert not (await running.learner.ListTasks(learner_pb.ListTasksRequest())).tasks
+    await assert_published_once(running, await running.learn({"a": [png()]}, request_id="r"))
+    assert len(audit.verify(running.settings.store).history.accepted) == 1
 
 
 # -- giving up, trying again ---------------------------------------------------------------------

@@ -187,6 +187,7 @@ async def test_a_record_that_cannot_be_written_is_no_task(
         UnavailableError("the task records cannot be used"),
         OSError(errno.ENOSPC, "No space left on device"),
         MemoryError(),
+        RuntimeError("can't start new thread"),
     ],
     ids=lambda error: type(error).__name__,
 )
