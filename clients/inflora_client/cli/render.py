@@ -25,6 +25,8 @@ from inflora_client import (
     TaskState,
     Version,
 )
+from inflora_client._bench import Latency, LoadReport
+from inflora_client.cli.picture import load_name
 
 _HELD_OUT = {
     HeldOutMethod.UNSPECIFIED: "held-out accuracy",
@@ -246,6 +248,31 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
     shown = [part for part in parts if part.row_count]
     spaced = [part for table in shown for part in (Text(), table)]
     return Group(*spaced[1:])
+
+
+def bench_table(loads: Iterable[LoadReport]) -> Table:
+    """One row a load; latencies in milliseconds."""
+    return _table(
+        ("load", "calls", "failed", "calls/s", "p50 ms", "p90", "p99", "p99.9", "max", "answered"),
+        (
+            (
+                load_name(load),
+                load.calls,
+                ", ".join(f"{count} {code}" for code, count in load.errors.items()) or 0,
+                f"{load.throughput:.1f}",
+                *_milliseconds(load.latency),
+                ", ".join(f"version {version}: {n}" for version, n in load.versions.items()),
+            )
+            for load in loads
+        ),
+    )
+
+
+def _milliseconds(latency: Latency | None) -> list[str]:
+    if latency is None:
+        return ["-"] * 5
+    values = (latency.p50, latency.p90, latency.p99, latency.p999, latency.max)
+    return [f"{1000 * value:.1f}" for value in values]
 
 
 def _overall_table(evaluation: Evaluation) -> Table:
