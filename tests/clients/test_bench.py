@@ -94,7 +94,7 @@ def drive(call: bench.Call, load: Closed | Open, **bounds: Any) -> Tally:
 
 class TestLoops:
     def test_a_stall_shows_in_every_call_that_was_due_meanwhile(self) -> None:
-        # A call takes 1 ms; the one that comes at 2 s takes 3 s, and no other is answered meanwhile.
+        # A call takes 1 ms; the one of 2 s takes 3 s, and no other is answered meanwhile.
         def seconds(now: float) -> float:
             return 3.0 if 2.0 <= now < 2.0005 else 0.001
 
