@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
@@ -45,6 +46,7 @@ class Peer:
     Attributes:
         name: What it is called.
         requirement: What to install, exactly.
+        beside: What it needs beside that, and does not say.
         command: What starts it, after the environment's ``bin/``.
         connect: Asks it at a port, with images.
         settings: How it is set up, for the table.
@@ -52,6 +54,7 @@ class Peer:
 
     name: str
     requirement: str
+    beside: tuple[str, ...]
     command: tuple[str, ...]
     connect: Connect
     settings: str
@@ -61,6 +64,7 @@ PEERS = (
     Peer(
         "LitServe",
         "litserve==0.2.19",
+        ("python-multipart",),  # for uploads
         ("python", "litserve_server.py"),
         lambda port, images: Http(port, "/predict", images, field="request"),
         "HTTP, an upload; `workers_per_device` = copies, no batching (its default)",
@@ -68,6 +72,7 @@ PEERS = (
     Peer(
         "MLServer",
         "mlserver==1.7.1",
+        ("uvloop==0.21.0",),  # its workers do not start with newer ones
         ("mlserver", "start", "."),
         lambda port, images: OpenInference(port, [1], images),
         "gRPC; a custom runtime, `parallel_workers` = copies, no batching (its default)",
@@ -75,6 +80,7 @@ PEERS = (
     Peer(
         "BentoML",
         "bentoml==1.4.40",
+        (),
         ("bentoml", "serve", "bentoml_server:Classify"),
         lambda port, images: Http(port, "/classify", images),
         "HTTP, the image as the body; `workers` = copies, no batching (its default)",
@@ -82,6 +88,7 @@ PEERS = (
     Peer(
         "PyTriton",
         "nvidia-pytriton==0.7.0",
+        (),
         ("python", "pytriton_server.py"),
         lambda port, images: OpenInference(port, [1, 1], images),
         "gRPC; `infer_func` = a callable for each copy, dynamic batches of up to 4 (its default)",
@@ -97,7 +104,8 @@ def install(peer: Peer, out: Path) -> Path:
     """
     folder = out / f"env-{peer.name.lower()}"
     # The same runtime and the same decoder as ours: what differs is the server.
-    wanted = [peer.requirement, *(f"{name}=={version(name)}" for name in ("onnxruntime", "pillow"))]
+    same = [f"{name}=={version(name)}" for name in ("onnxruntime", "pillow")]
+    wanted = [peer.requirement, *peer.beside, *same]
     stamp = folder / "installed"
     if stamp.exists() and stamp.read_text() == "\n".join(wanted):
         return folder
@@ -138,6 +146,8 @@ def running_peer(peer: Peer, layout: str, scene: Scene) -> Iterator[int]:
     variables = os.environ | {
         "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(folder),
+        # Triton takes any libpython that the system finds, and it must be this interpreter's.
+        "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR"),
         "HOME": str(folder),  # what it keeps for itself goes with it
         "BENTOML_DO_NOT_TRACK": "True",
         "BENCH_MODEL": str(scene.folder.resolve()),

@@ -87,7 +87,8 @@ def prepare(scene: Scene) -> None:
     shutil.rmtree(scene.folder, ignore_errors=True)
     (scene.folder / "images").mkdir(parents=True)
     tasks = streams.load(str(STREAM), None, None, 0)
-    for number, (content, _) in enumerate([x for task in tasks for x in task.test][:IMAGES]):
+    tests = [content for task in tasks for content, _ in task.test]
+    for number, content in enumerate(tests[:: len(tests) // IMAGES][:IMAGES]):
         (scene.folder / "images" / f"{number:02}.jpg").write_bytes(enlarged(content))
     flags = ["--backbone", str(STREAM_BACKBONE), "--architecture", "deit_tiny_patch16_224"]
     flags += ["--epochs", "1", "--gate-accuracy", "off", "--gate-distinct", "off"]
