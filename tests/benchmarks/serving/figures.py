@@ -9,6 +9,9 @@ from typing import Any
 OURS = "ours"
 METRICS = ("throughput", "p50", "p99")
 
+_NEVER = 3600.0
+"""The latency, in seconds, of a load without an answer: worse than any, and a number in JSON."""
+
 Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 """What each contender came to in every round: reports by the number of clients, or an error."""
 
@@ -17,7 +20,7 @@ def value(report: Mapping[str, Any], metric: str) -> float:
     """Return a figure of one load; what had no answer is the worst there is."""
     if metric == "throughput":
         return float(report["throughput"])
-    return float(report["latency"][metric]) if report["latency"] else float("inf")
+    return float(report["latency"][metric]) if report["latency"] else _NEVER
 
 
 def against_bare(bare: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]],
@@ -57,17 +60,11 @@ def cells(rounds: Rounds, concurrency: Sequence[int]) -> list[dict[str, Any]]:
             if others and OURS in values:
                 better = max if metric == "throughput" else min
                 best = better(others, key=lambda name: others[name])
-                ratio = _ratio(values[OURS], others[best])
-                cell |= {
-                    "best_peer": best,
-                    "ratio": ratio if metric == "throughput" else 1 / ratio,
-                }
+                mine, theirs = values[OURS], max(others[best], 1e-9)
+                ratio = mine / theirs if metric == "throughput" else theirs / max(mine, 1e-9)
+                cell |= {"best_peer": best, "ratio": ratio}
             found.append(cell)
     return found
-
-
-def _ratio(ours: float, other: float) -> float:
-    return ours / other if other else float("inf")
 
 
 def compared(found: Sequence[Mapping[str, Any]]) -> dict[str, int]:

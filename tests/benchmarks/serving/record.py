@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Record:
         self._found: dict[str, Found] = {}
         if path.exists():
             for line in path.read_text().splitlines():
-                if line.endswith("}"):  # the last one may be torn
+                with suppress(ValueError):  # one was cut off
                     entry = json.loads(line)
                     self._found[_text(entry["key"])] = entry["found"]
 
@@ -42,7 +43,8 @@ class Record:
         found = measure()
         entry = {"key": whole, "found": found, "at": time.time(), **self._context}
         with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            # The line before may have been cut off.
+            file.write(f"\n{json.dumps(entry)}\n")
         self._found[_text(whole)] = found
         print("    " + _short(found), flush=True)
         return found
