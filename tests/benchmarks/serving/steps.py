@@ -52,6 +52,11 @@ class Lengths:
     swaps: int
     cancelled: int
 
+    @property
+    def calm(self) -> float:
+        """Seconds of a load of which only the slowest calls are looked at: it takes more of them."""
+        return 3 * self.seconds
+
 
 def bare(scene: Scene, lengths: Lengths) -> dict[str, Any]:
     """Run the bare loop."""
@@ -168,12 +173,12 @@ def swaps(scene: Scene, lengths: Lengths, clients: int = 8) -> dict[str, Any]:
                 try:
                     await asyncio.sleep(lengths.warm_up)
                     steady.cut()
-                    await asyncio.sleep(lengths.seconds)
+                    await asyncio.sleep(lengths.calm)
                     before = steady.cut()
                     for number in range(lengths.swaps):
                         await asyncio.to_thread(swap, number)
                     during = steady.cut()
-                    await asyncio.sleep(lengths.seconds)
+                    await asyncio.sleep(lengths.calm)
                     after = steady.cut()
                 finally:
                     stop.set()
@@ -200,7 +205,7 @@ def learning(scene: Scene, lengths: Lengths) -> dict[str, Any]:
         async def load(what: bench.Closed | bench.Open) -> dict[str, Any]:
             calls = bench.PredictCalls(server.address, QUESTION, images)
             async with calls as call:
-                bounds = bench.Bounds(lengths.seconds, warm_up=lengths.warm_up)
+                bounds = bench.Bounds(lengths.calm, warm_up=lengths.warm_up)
                 report = bench.report(what, await bench.drive(call, what, bounds), 1)
             return without_curve(dataclasses.asdict(report))
 
@@ -267,11 +272,13 @@ async def give_up(
     chance = random.Random(5)
     ends: Counter[str] = Counter()
 
+    def soon_or_late() -> float:
+        return 10 ** chance.uniform(-3.0, 0.7)  # 1 ms to 5 s
+
     async def call(ask: bench.Call, number: int) -> None:
-        patience = chance.uniform(0.0, 0.3) if chance.random() < 0.5 else None
-        asking = asyncio.ensure_future(ask(number, chance.uniform(0.001, 0.5)))
+        patience = soon_or_late() if chance.random() < 0.5 else None
         try:
-            await asyncio.wait_for(asking, patience)
+            await asyncio.wait_for(ask(number, soon_or_late()), patience)
         except TimeoutError:
             ends["given up"] += 1
         except bench.CallFailedError as error:
