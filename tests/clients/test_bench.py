@@ -209,7 +209,7 @@ class TestCommand:
         result = run(image, *ONCE)
         assert result.exit_code == 0, result.output
         assert "1 client" in result.stdout
-        assert "version 1: 12" in result.stdout
+        assert "answered by version 1" in result.stdout
 
     def test_counts_errors_by_code_and_asks_nothing_twice(
         self, run: Run, peer: Peer, image: Path

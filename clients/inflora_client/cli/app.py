@@ -385,7 +385,7 @@ def bench(
             picture.write_text(draw(report.loads, f"Predict at {session.server}"))
         except OSError as error:
             fail(str(error), EXIT_USAGE)
-    session.show([report], render.bench_table(report.loads))
+    session.show([report], render.bench_view(report.loads))
     benching.end_unanswered(report)
 
 

@@ -250,22 +250,33 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
     return Group(*spaced[1:])
 
 
-def bench_table(loads: Iterable[LoadReport]) -> Table:
-    """One row a load; latencies in milliseconds."""
-    return _table(
-        ("load", "calls", "failed", "calls/s", "p50 ms", "p90", "p99", "p99.9", "max", "answered"),
+def bench_view(loads: Sequence[LoadReport]) -> RenderableType:
+    """Two tables, a row for each load: how fast it was, and how its calls ended."""
+    speed = _table(
+        ("load", "calls", "failed", "calls/s", "p50 ms", "p90", "p99", "p99.9", "max"),
         (
             (
                 load_name(load),
                 load.calls,
-                ", ".join(f"{count} {code}" for code, count in load.errors.items()) or 0,
+                load.failed,
                 f"{load.throughput:.1f}",
                 *_milliseconds(load.latency),
-                ", ".join(f"version {version}: {n}" for version, n in load.versions.items()),
             )
             for load in loads
         ),
     )
+    ends = _table(
+        ("load", "ended as", "calls"),
+        (
+            (load_name(load), end, calls)
+            for load in loads
+            for end, calls in (
+                *((f"answered by version {version}", n) for version, n in load.versions.items()),
+                *load.errors.items(),
+            )
+        ),
+    )
+    return Group(speed, Text(), ends)
 
 
 def _milliseconds(latency: Latency | None) -> list[str]:

@@ -54,7 +54,7 @@ class Lengths:
 
     @property
     def calm(self) -> float:
-        """Seconds of a load of which only the slowest calls are looked at: it takes more of them."""
+        """Seconds of a load of which only the slowest calls count: it takes more of them."""
         return 3 * self.seconds
 
 
