@@ -37,10 +37,11 @@ def draw(reports: Sequence[LoadReport], title: str) -> str:
         height = (math.log10(max(value, 10.0**low)) - low) / (high - low)
         return _BOTTOM - height * (_BOTTOM - _TOP)
 
+    height = max(_HEIGHT, _TOP + 38 * len(reports))  # of the list of loads
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
         'font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
         _text(_LEFT, 25, title, size=15),
         _text((_LEFT + _RIGHT) / 2, _HEIGHT - 12, "share of calls that took no longer", "middle"),
         _text(_LEFT - 60, _TOP - 10, "latency"),
@@ -48,10 +49,10 @@ def draw(reports: Sequence[LoadReport], title: str) -> str:
     for share in _SHARES:
         parts += _rule(across(share), _TOP, across(share), _BOTTOM)
         parts.append(_text(across(share), _BOTTOM + 18, f"{share:.4g}", "middle"))
-    for power in range(low, high + 1):
-        value = 10.0**power
+    steps = [step * 10.0**power for power in range(low, high) for step in (1, 2, 5)]
+    for value in [*steps, 10.0**high]:
         parts += _rule(_LEFT, up(value), _RIGHT, up(value))
-        shown = f"{value:g} s" if power >= 0 else f"{1000 * value:g} ms"
+        shown = f"{value:g} s" if value >= 1 else f"{1000 * value:g} ms"
         parts.append(_text(_LEFT - 6, up(value) + 4, shown, "end"))
     for number, report in enumerate(reports):
         colour = _COLOURS[number % len(_COLOURS)]
