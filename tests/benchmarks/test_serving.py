@@ -140,6 +140,11 @@ class TestRecord:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line]
         assert [line["machine"] for line in lines] == ["m", "m"]
 
+    def test_an_error_is_not_kept(self, tmp_path: Path) -> None:
+        record = Record(tmp_path / "results.jsonl", {}, {})
+        assert record.take({"n": 1}, lambda: {"error": "no"}) == {"error": "no"}
+        assert record.take({"n": 1}, lambda: {"calls": 1}) == {"calls": 1}
+
     def test_a_line_that_was_cut_off_is_made_again(self, tmp_path: Path) -> None:
         path = tmp_path / "results.jsonl"
         Record(path, {}, {}).take({"n": 1}, lambda: {"calls": 1})

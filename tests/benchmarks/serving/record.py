@@ -34,19 +34,24 @@ class Record:
                     self._found[_text(entry["key"])] = entry["found"]
 
     def take(self, key: Found, measure: Callable[[], Found]) -> Found:
-        """Return the measurement of ``key``, made now if there is none."""
+        """Return the measurement of ``key``, made now if there is none.
+
+        One with an ``error`` is not kept: the next run tries again.
+        """
         whole = self._common | key
         known = self._found.get(_text(whole))
         if known is not None:
             return known
         print(" ".join(f"{name}={value}" for name, value in key.items()), flush=True)
         found = measure()
+        print("    " + _short(found), flush=True)
+        if "error" in found:
+            return found
         entry = {"key": whole, "found": found, "at": time.time(), **self._context}
         with self._path.open("a") as file:
             # The line before may have been cut off.
             file.write(f"\n{json.dumps(entry)}\n")
         self._found[_text(whole)] = found
-        print("    " + _short(found), flush=True)
         return found
 
 
