@@ -8,8 +8,9 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,8 +72,33 @@ class Scene:
         folder.mkdir(parents=True)
         shutil.copytree(self.folder / "store", folder / "store")
         flags = ["--predict-threads", str(self.threads), "--log-level", "warning"]
-        with running_server(folder, [*flags, *options], module=module) as server:
+        # In a session of its own, as every contender is: Linux shares processors between sessions.
+        apart = ("setsid",)
+        with running_server(folder, [*flags, *options], prefix=apart, module=module) as server:
+            settle(server)
             yield server
+
+
+def settle(server: RunningServer, patience: float = 120.0) -> None:
+    """Wait until the learning worker has started, which takes processors for some seconds.
+
+    A server that has just started answers already; it is measured as it is the rest of the time.
+    """
+    end, before = time.monotonic() + patience, -1.0
+    while time.monotonic() < end:
+        with suppress(LookupError):  # it is not there yet
+            spent = processor_seconds(server.worker_pid())
+            if spent == before and spent > 1:  # it imports torch, which takes more than that
+                return
+            before = spent
+        time.sleep(1.0)
+    raise RuntimeError("the learning worker does not come to rest")
+
+
+def processor_seconds(pid: int) -> float:
+    """Return how long a process has had a processor."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def prepare(scene: Scene) -> None:

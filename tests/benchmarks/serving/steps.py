@@ -64,7 +64,7 @@ def bare(scene: Scene, lengths: Lengths) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.benchmarks.serving.bare"]
     result = subprocess.run(
         [*command, *map(str, arguments), str(scene.threads)],
-        capture_output=True, text=True, check=True, cwd=ROOT,
+        capture_output=True, text=True, check=True, cwd=ROOT, start_new_session=True,
     )  # fmt: skip
     return {"1": without_curve(json.loads(result.stdout))}
 
