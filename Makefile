@@ -29,6 +29,12 @@ DEVICE ?=
 THREADS ?=
 # Where the recorded numbers of the published code are, if not in ../shared/golden:
 GOLDEN ?=
+# Of bench-serving: which parts (bare peers swaps learning cancelling), rounds, seconds of each load,
+# SMOKE=1 to see in minutes that it works, and WRITE=1 to put the table into docs/benchmarks.md:
+ROUNDS ?=
+SECONDS_EACH ?=
+SMOKE ?=
+WRITE ?=
 # Of test-durability: which parts (flips rules inputs gate faults kills), AGAIN=1 to begin anew, and
 # KEEP=1 to keep what was found with other code:
 PARTS ?=
@@ -96,6 +102,12 @@ bench-imagenet-r: ## likewise (DATA=folder, TASKS=5, 10 or 20)
 bench-domainnet: ## likewise (DATA=folder)
 bench-cifar100 bench-imagenet-r bench-domainnet: bench-%: $(READY)
 	$(BIN)/python -m tests.benchmarks.accuracy --stream $* $(ACCURACY_FLAGS)
+
+.PHONY: bench-serving
+bench-serving: $(READY) ## predictions against a bare loop and other servers; hours, resumes (PARTS=, ROUNDS=)
+	$(BIN)/python -m tests.benchmarks.serving $(if $(PARTS),--parts $(PARTS)) \
+		$(call flag,rounds,$(ROUNDS)) $(call flag,seconds,$(SECONDS_EACH)) \
+		$(call flag,threads,$(THREADS)) $(if $(SMOKE),--smoke) $(if $(WRITE),--write)
 
 .PHONY: gpu-report
 gpu-report: $(READY) ## what the GPU of this machine does (GPU=1)

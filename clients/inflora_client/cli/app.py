@@ -12,7 +12,11 @@ import typer
 
 from inflora_client import InvalidArgumentError, LearnOptions
 from inflora_client._base import DEFAULT_TARGET
-from inflora_client.cli import learning, render, uploading
+from inflora_client._bench import MAX_CALLS, MAX_SECONDS, Bounds
+from inflora_client._calls import Question
+from inflora_client._names import Names
+from inflora_client.cli import benching, learning, render, uploading
+from inflora_client.cli.picture import draw
 from inflora_client.cli.session import (
     EXIT_REFUSED,
     EXIT_USAGE,
@@ -308,6 +312,81 @@ def evaluate(
             examples, lambda counted: client.evaluate(counted, version, confusions)
         )
         session.show([found], render.evaluation_view(found))
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[IMAGE...]",
+            exists=True,
+            dir_okay=False,
+            help="Sent in turn; one is made if none is given.",
+        ),
+    ] = None,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Closed loop: so many clients at a time, one load for each number (default: 1).",
+        ),
+    ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="CALLS",
+            help="Open loop: so many calls a second, however long they take; may be repeated. "
+            "Latency counts from when a call was due.",
+        ),
+    ] = None,
+    constant: Annotated[
+        bool, typer.Option("--constant", help="Open loop: calls come evenly, not at random.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, max=MAX_SECONDS, help="Length of each load.")
+    ] = 10.0,
+    calls: Annotated[
+        int, typer.Option(min=1, max=MAX_CALLS, help="Most calls of each load.")
+    ] = MAX_CALLS,
+    warm_up: Annotated[
+        float, typer.Option(min=0, max=MAX_SECONDS, help="Seconds before each that do not count.")
+    ] = 1.0,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Images of each call.")] = 1,
+    deadline: Annotated[
+        float, typer.Option(min=0.001, max=MAX_SECONDS, help="Seconds that each call has.")
+    ] = 60.0,
+    version: Annotated[
+        str | None, typer.Option(help="Ask this version instead of the current one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of calls that come at random.")] = 0,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Draw latencies, as SVG.")
+    ] = None,
+    server: ServerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast the server predicts under load. Nothing is asked twice."""
+    session = Session.of(context, server, as_json)
+    loads = benching.loads_of(concurrency, rate or (), constant, seed)
+    contents = benching.images_of(images or ())
+    with session.client() as client:
+        for path, content in zip(images or [Path("the image")], contents, strict=True):
+            try:  # whatever is refused now, all calls would be refused for
+                client.predict([content], 1, version)
+            except InvalidArgumentError as error:
+                fail(f"{path}: {error}", EXIT_REFUSED)
+    question = Question(Names("models/default"), 1, version, None)
+    bounds = Bounds(seconds, calls, warm_up, deadline)
+    report = benching.measure(session, question, contents, batch, loads, bounds)
+    if picture is not None:
+        try:
+            picture.write_text(draw(report.loads, f"Predict at {session.server}"))
+        except OSError as error:
+            fail(str(error), EXIT_USAGE)
+    session.show([report], render.bench_view(report.loads))
+    benching.end_unanswered(report)
 
 
 @app.command()

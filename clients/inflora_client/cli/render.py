@@ -25,6 +25,8 @@ from inflora_client import (
     TaskState,
     Version,
 )
+from inflora_client._bench import Latency, LoadReport
+from inflora_client.cli.picture import load_name
 
 _HELD_OUT = {
     HeldOutMethod.UNSPECIFIED: "held-out accuracy",
@@ -246,6 +248,42 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
     shown = [part for part in parts if part.row_count]
     spaced = [part for table in shown for part in (Text(), table)]
     return Group(*spaced[1:])
+
+
+def bench_view(loads: Sequence[LoadReport]) -> RenderableType:
+    """Two tables, a row for each load: how fast it was, and how its calls ended."""
+    speed = _table(
+        ("load", "calls", "failed", "calls/s", "p50 ms", "p90", "p99", "p99.9", "max"),
+        (
+            (
+                load_name(load),
+                load.calls,
+                load.failed,
+                f"{load.throughput:.1f}",
+                *_milliseconds(load.latency),
+            )
+            for load in loads
+        ),
+    )
+    ends = _table(
+        ("load", "ended as", "calls"),
+        (
+            (load_name(load), end, calls)
+            for load in loads
+            for end, calls in (
+                *((f"answered by version {version}", n) for version, n in load.versions.items()),
+                *load.errors.items(),
+            )
+        ),
+    )
+    return Group(speed, Text(), ends)
+
+
+def _milliseconds(latency: Latency | None) -> list[str]:
+    if latency is None:
+        return ["-"] * 5
+    values = (latency.p50, latency.p90, latency.p99, latency.p999, latency.max)
+    return [f"{1000 * value:.1f}" for value in values]
 
 
 def _overall_table(evaluation: Evaluation) -> Table:
