@@ -377,7 +377,7 @@ def bench(
                 client.predict([content], 1, version)
             except InvalidArgumentError as error:
                 fail(f"{path}: {error}", EXIT_REFUSED)
-    question = Question(Names("models/default"), 1, version, None)
+    question = Question(Names("models/default"), 1, version, task=None, return_embedding=False)
     bounds = Bounds(seconds, calls, warm_up, deadline)
     report = benching.measure(session, question, contents, batch, loads, bounds)
     if picture is not None:

@@ -31,7 +31,7 @@ from tests.benchmarks.serving import counting_server, peers
 from tests.benchmarks.serving.scene import EACH, Scene, few
 from tests.running_server import RunningServer
 
-QUESTION = Question(Names("models/default"), 1, None, None)
+QUESTION = Question(Names("models/default"), 1, None, None, return_embedding=False)
 CAPACITY = 64
 """Images that may wait in a server whose slots are counted."""
 
