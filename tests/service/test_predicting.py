@@ -248,7 +248,8 @@ async def test_a_full_queue_refuses_at_once_and_recovers(
     narrow: Running, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gate(monkeypatch, HELD) as held:
-        waiting = [asyncio.create_task(predict(narrow, HELD, png(RED))) for _ in range(2)]
+        # All of them are held: whichever is decoded first keeps the others waiting.
+        waiting = [asyncio.create_task(predict(narrow, HELD, HELD)) for _ in range(2)]
         await watched.until(lambda: watched.images == 4)
         with fails("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED"):
             await predict(narrow, png(RED))
