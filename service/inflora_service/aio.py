@@ -8,7 +8,6 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 A = TypeVar("A")
-C = TypeVar("C")
 T = TypeVar("T")
 
 
@@ -33,8 +32,8 @@ async def unbroken(work: Awaitable[T]) -> T:
 
 
 async def in_order(
-    items: AsyncIterator[A], work: Callable[[A], Coroutine[Any, Any, C]], ahead: int
-) -> AsyncGenerator[C]:
+    items: AsyncIterator[A], work: Callable[[A], Coroutine[Any, Any, T]], ahead: int
+) -> AsyncGenerator[T]:
     """Yield what ``work`` makes of each item, in the items' order.
 
     Several are worked on at a time, and no item is taken before there is a place for it: one whose
@@ -47,7 +46,7 @@ async def in_order(
         ahead: Most that are taken and not yielded yet.
     """
     room = asyncio.Semaphore(ahead)
-    at_work: asyncio.Queue[asyncio.Task[C] | None] = asyncio.Queue()
+    at_work: asyncio.Queue[asyncio.Task[T] | None] = asyncio.Queue()
 
     async def take() -> None:
         try:
