@@ -4,19 +4,21 @@ The file is one graph from images to answers, which devices run as it is. Here i
 one prepares a single image of any size, the other takes a batch of model-sized tensors, because
 images of different sizes cannot be stacked.
 
-The second is opened once or twice. A run that has the processors to itself is soonest done when all
-of them share its work; several runs get most done when each keeps to its own (docs/serving.md).
+On CPUs, the second is opened once or twice. A run that has the processors to itself is soonest done
+when all of them share its work; several runs get most done when each keeps to its own
+(docs/serving.md). What a GPU is given instead is in ``cuda``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +28,21 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from inflora_core import wire
+from inflora_core.cuda import BoundSession
 from inflora_core.errors import DamagedError, InvalidInputError, StateError, UnavailableError
-from inflora_core.graph import EMBEDDING, IMAGES, OUTPUTS, PIXELS, ModelCard, read_metadata, split
+from inflora_core.graph import (
+    CLASSES,
+    EMBEDDING,
+    IMAGES,
+    OUTPUTS,
+    PIXELS,
+    ModelCard,
+    halved,
+    read_metadata,
+    split,
+)
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 
@@ -44,11 +59,16 @@ class RuntimeOptions:
         provider: ``auto`` takes CUDA where it works and the CPU otherwise; ``cuda`` and ``cpu``
             insist.
         runs: Runs on the CPU that share the threads; 0 means one for each thread.
+        precision: Of the backbone on a GPU. ``float16`` is faster, and its answers are not those of
+            the file to the last digit.
+        record: Whether runs on a GPU are recorded, and played back from then on.
     """
 
     threads: int = 0
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     runs: int = 1
+    precision: Literal["float32", "float16"] = "float32"
+    record: bool = True
 
     @property
     def all_threads(self) -> int:
@@ -112,7 +132,7 @@ class Predictor:
         self,
         card: ModelCard,
         preprocess: ort.InferenceSession,
-        classify: ort.InferenceSession,
+        classify: ort.InferenceSession | BoundSession,
         alone: ort.InferenceSession | None = None,
     ) -> None:
         self.card = card
@@ -148,11 +168,15 @@ class Predictor:
             raise DamagedError(f"the ONNX file is damaged: {str(error)[:300]}") from error
         if card.version is None or not card.classes or len(card.classes) != len(card.tasks):
             raise DamagedError("the ONNX file is a template or cut short: it has no class table")
+        prepare = _open(preprocess, _preprocess_options(), [CPU])
         with _as_file(wire.appended(classify, weights)) as file:
-            runner, alone = _open_classify(file, options), None
-            if runner.get_providers()[0] == CPU and options.cpu_runs > 1:
+            if on_gpu := _open_cuda(file, card, options):
+                return cls(card, prepare, on_gpu)
+            threads = options.all_threads // options.cpu_runs
+            runner, alone = _open(file, session_options(threads), [CPU]), None
+            if options.cpu_runs > 1:
                 alone = _open(file, _alone_options(options), [CPU])
-        return cls(card, _open(preprocess, _preprocess_options(), [CPU]), runner, alone)
+        return cls(card, prepare, runner, alone)
 
     @property
     def provider(self) -> str:
@@ -205,11 +229,13 @@ class Predictor:
         """Answer once in every way, so that no caller pays for what is set up lazily.
 
         Args:
-            batch: Most images of a run.
+            batch: Most images of a run, a power of two. What a GPU does is prepared for each size.
         """
         pixels = self._blank()
-        for images in {1, batch}:
+        images = 1
+        while images <= batch:
             self.classify(np.repeat(pixels, images, axis=0))
+            images *= 2
         if self._alone is not self._classify:
             self.classify(pixels, alone=True)
 
@@ -312,34 +338,77 @@ def _as_file(pieces: Sequence[bytes | memoryview]) -> Iterator[bytes | str]:
         yield f"/proc/self/fd/{file.fileno()}"
 
 
-def _open_classify(model: bytes | str, options: RuntimeOptions) -> ort.InferenceSession:
-    """Open the classifier on the provider asked for.
+def _open_cuda(model: bytes | str, card: ModelCard, options: RuntimeOptions) -> BoundSession | None:
+    """Open the classifier on a GPU; None where there is none, or none is wanted.
 
     Raises:
-        DamagedError: if onnxruntime cannot open it at all.
         UnavailableError: if CUDA was insisted on and is not what runs.
     """
-    session = None
-    if options.provider != "cpu" and CUDA in ort.get_available_providers():
+    if options.provider == "cpu":
+        return None
+    why = "this onnxruntime is not onnxruntime-gpu"
+    if CUDA in ort.get_available_providers():
         _preload_cuda()
-        # TF32 keeps 10 bits of every factor: logits would differ from the CPU's by 1e-3 and more,
-        # and the exported file must give the server's answers.
-        with contextlib.suppress(DamagedError):
-            session = _open(
-                model, session_options(options.all_threads), [(CUDA, {"use_tf32": "0"}), CPU]
-            )
-    if session is None:
-        threads = options.all_threads // options.cpu_runs
-        session = _open(model, session_options(threads), [CPU])
-    actual = session.get_providers()[0]
-    if options.provider == "cuda" and actual != CUDA:
+        half = options.precision == "float16"
+        runs = halved(_content(model)) if half else model
+        for record in (True, False) if options.record else (False,):
+            try:
+                session = _open(runs, session_options(options.all_threads), _cuda(record))
+            except DamagedError as error:
+                # So are models that cannot be recorded as a whole.
+                why = error.message
+                log.warning("a version does not run%s: %s", " recorded" if record else "", why)
+                continue
+            if session.get_providers()[0] != CUDA:
+                why = f"onnxruntime fell back to {session.get_providers()[0]}"
+                break
+            bound = BoundSession(session, {CLASSES: len(card.classes)})
+            if half and (cosine := _agreement(bound, model, card)) < _SAME:
+                log.error("float16 is too coarse for this model: cosine %.5f", cosine)
+                return _open_cuda(model, card, replace(options, precision="float32"))
+            return bound
+    if options.provider == "cuda":
+        _open(model, session_options(1), [CPU])  # a damaged file is not the provider's fault
         # onnxruntime itself falls back without a word; a server that was promised a GPU would be
         # ready and far too slow.
         raise UnavailableError(
-            f"provider cuda was asked for, but onnxruntime fell back to {actual}: check the GPU "
-            "and its driver, and that onnxruntime-gpu is installed and onnxruntime is not"
+            f"provider cuda was asked for, but {why}: check the GPU and its driver, and that "
+            "onnxruntime-gpu is installed and onnxruntime is not"
         )
-    return session
+    return None
+
+
+_SAME = 0.999
+"""Cosine of embeddings from which on a coarser arithmetic counts as the same model."""
+
+
+def _agreement(bound: BoundSession, model: bytes | str, card: ModelCard) -> float:
+    """Return the least cosine of what a session and the CPU make of noise; -1 for no number."""
+    size = card.preprocessing
+    noise = np.random.default_rng(0).normal(size=(2, 3, size.height, size.width))
+    pixels = noise.astype(np.float32)
+    exact = _open(model, session_options(0), [CPU])
+    (ours,), (theirs,) = (each.run([EMBEDDING], {PIXELS: pixels}) for each in (bound, exact))
+    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    return float(np.nan_to_num((ours * theirs).sum(axis=1) / lengths, nan=-1.0).min())
+
+
+def _content(model: bytes | str) -> bytes:
+    return model if isinstance(model, bytes) else Path(model).read_bytes()
+
+
+def _cuda(record: bool) -> list[Any]:
+    cuda = {
+        # TF32 keeps 10 bits of every factor: logits would differ from the CPU's by 1e-3 and more,
+        # and the exported file must give the server's answers.
+        "use_tf32": "0",
+        # Trying every algorithm takes seconds for each size of batch, in which nobody is answered.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # By what is needed: an arena that doubles each time takes what learning needs.
+        "arena_extend_strategy": "kSameAsRequested",
+        "enable_cuda_graph": str(int(record)),
+    }
+    return [(CUDA, cuda), CPU]
 
 
 def _open(

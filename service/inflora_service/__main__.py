@@ -151,6 +151,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
     )
 
+    add(
+        group,
+        "--predict-precision",
+        defaults.predict_precision,
+        "of the backbone on a GPU; float16 is faster and less exact than the exported file",
+        choices=("float32", "float16"),
+    )
+
     group = parser.add_argument_group(
         "what is kept of versions, beside the current one and pinned ones"
     )
@@ -241,6 +249,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         provider=arguments.provider,
         predict_threads=arguments.predict_threads,
         predict_runs=arguments.predict_runs,
+        predict_precision=arguments.predict_precision,
         learn_threads=arguments.learn_threads,
         learn_memory_bytes=arguments.learn_memory_bytes,
         learn_nice=arguments.learn_nice,

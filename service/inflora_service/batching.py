@@ -40,12 +40,13 @@ class Batcher:
     Args:
         limits: What images are refused, and how many may wait.
         decoders: Images that are decoded at a time.
-        runs: Runs of the model at a time.
+        runs: Runs of the model at a time, at the most.
     """
 
     def __init__(self, limits: Limits, decoders: int, runs: int) -> None:
         self._limits = limits
         self._turns = Turns(limits, runs)
+        self._runs = runs
         self._waiting: dict[Call, _Waiting] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -56,10 +57,16 @@ class Batcher:
                 name = f"predict{turn.__name__}-{number}".replace("_", "-")
                 threading.Thread(target=_work, args=(turn,), name=name).start()
 
-    def take_batches(self, most: int) -> None:
-        """Give the model at most ``most`` images at a time, from now on; 1 at first."""
+    def take_batches(self, most: int, runs: int) -> None:
+        """Give the model what it likes, from now on.
+
+        Args:
+            most: Images of a run; 1 at first.
+            runs: Runs at a time, no more than there are threads for.
+        """
         with self._lock:
             self._turns.batch = most
+            self._turns.runs = min(runs, self._runs)
 
     def close(self) -> None:
         """Give all calls up, and end the threads once they are done with what they hold."""

@@ -87,6 +87,7 @@ class Settings:
         provider: What onnxruntime predicts with.
         predict_threads: Threads of predictions; 0: one for each processor.
         predict_runs: Runs of the model on the CPU that share them; 0: one for each thread.
+        predict_precision: Of the backbone on a GPU; see ``RuntimeOptions``.
         learn_threads: Threads of the learning worker; 0: all processors but one.
         learn_memory_bytes: Memory that the learning worker may take; 0: any.
         learn_nice: How far other processes come before the learning worker, 0 (not at all) to 19.
@@ -109,6 +110,7 @@ class Settings:
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     predict_threads: int = 0
     predict_runs: int = 0
+    predict_precision: Literal["float32", "float16"] = "float32"
     learn_threads: int = 0
     learn_memory_bytes: int = 0
     learn_nice: int = 10
@@ -167,7 +169,12 @@ class Server:
         audit = AuditTrail(await asyncio.to_thread(AuditLog, store.root), store, records)
         undo.callback(audit.note_head)
 
-        options = RuntimeOptions(settings.predict_threads, settings.provider, settings.predict_runs)
+        options = RuntimeOptions(
+            threads=settings.predict_threads,
+            provider=settings.provider,
+            runs=settings.predict_runs,
+            precision=settings.predict_precision,
+        )
         host = ModelHost(
             store,
             options,

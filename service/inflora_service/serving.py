@@ -26,6 +26,7 @@ from inflora_core.errors import (
 from inflora_core.gate import why_held_back
 from inflora_core.model import Version, VersionState
 from inflora_core.predictor import (
+    CPU,
     Answers,
     Floats,
     Predictor,
@@ -46,6 +47,9 @@ T = TypeVar("T")
 
 PINNED_VERSIONS = 3
 """Versions beside the current one that stay loaded when clients ask for them by number."""
+
+GPU_RUNS = 2
+"""Runs at a time where a GPU runs them one by one: the next batch is put together meanwhile."""
 
 DEFAULT_TOP_K = 5
 
@@ -116,7 +120,7 @@ class ModelHost:
         self._swap = asyncio.Lock()
         # One at a time: a version that is being loaded takes several times the memory of its file.
         self._loader = ThreadPoolExecutor(1, "version-load")
-        self._batcher = Batcher(limits, processors(), options.cpu_runs)
+        self._batcher = Batcher(limits, processors(), max(options.cpu_runs, GPU_RUNS))
         self._batch: int | None = None
 
     async def start(self) -> None:
@@ -565,7 +569,8 @@ class ModelHost:
         if self._batch is None:
             # Once: all versions cost the same, and looking for it takes the processors.
             self._batch = predictor.best_batch()
-            self._batcher.take_batches(self._batch)
+            runs = self._options.cpu_runs if predictor.provider == CPU else GPU_RUNS
+            self._batcher.take_batches(self._batch, runs)
             log.info("runs take up to %d images on %s", self._batch, predictor.provider)
         predictor.warm_up(self._batch)
         return Loaded(version, predictor, generation)

@@ -85,16 +85,17 @@ class Turns:
 
     Attributes:
         batch: Most images of a run.
+        runs: Runs of the model at a time.
         calls: Those that have not ended, in the order of their coming.
         settled: Calls that have ended since somebody looked: answered, or with a fault.
     """
 
     def __init__(self, limits: Limits, runs: int) -> None:
         self.batch = 1
+        self.runs = runs
         self.calls: dict[Call, None] = {}
         self.settled: list[Call] = []
         self._limits = limits
-        self._runs = runs
         self._to_decode: deque[Call] = deque()
         self._to_run: deque[Call] = deque()
         self._decoded = 0
@@ -141,7 +142,7 @@ class Turns:
 
     def next_image(self, now: float) -> Image | None:
         """Take the image that is to be decoded next; None without one, or without room for it."""
-        while self._to_decode and self._decoded < max(_DECODED, 2 * self.batch * self._runs):
+        while self._to_decode and self._decoded < max(_DECODED, 2 * self.batch * self.runs):
             call = self._to_decode[0]
             if self._is_late(call, now):
                 continue
@@ -179,7 +180,9 @@ class Turns:
 
         In bulk, all runs but one are taken at most.
         """
-        may_bulk = self._bulk_running < max(1, self._runs - 1)
+        if self._running >= self.runs:
+            return []
+        may_bulk = self._bulk_running < max(1, self.runs - 1)
         turns: deque[Call] = deque()
         for call in list(self._to_run):
             if call.bulk and not may_bulk:

@@ -20,15 +20,17 @@ import torch
 from inflora_core.backbone import Backbone, build_backbone
 from inflora_core.config import LearnConfig
 from inflora_core.export import export_template
-from inflora_core.graph import materialise
+from inflora_core.graph import OUTPUTS, PIXELS, materialise, split
 from inflora_core.learner import learn_task
 from inflora_core.model import BackboneConfig, ContinualModel, LabelledImages, Learned, Stage
-from inflora_core.predictor import Predictor, RuntimeOptions
+from inflora_core.predictor import CPU, CUDA, Predictor, RuntimeOptions, processors
 from inflora_core.progress import Tracker
 from inflora_core.store import initial_layer
 from tests.benchmarks import accuracy as accuracy_benchmark
 from tests.benchmarks import stream
+from tests.benchmarks.accuracy import STREAM_BACKBONE
 from tests.benchmarks.checkout import ROOT, commit
+from tests.benchmarks.serving import figures, scene, steps
 
 OUT = ROOT / "build" / "gpu-report"
 BEGIN, END = "<!-- gpu-report -->", "<!-- /gpu-report -->"
@@ -48,21 +50,17 @@ def main() -> None:
         default="whole",
         help="of the accuracy table: one order as 5 x 10, or all",
     )
+    parser.add_argument("--swaps", type=int, default=60, help="versions that change under load")
+    parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=list(STEPS))
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU here; --device cpu runs the same steps on the processor")
     OUT.mkdir(parents=True, exist_ok=True)
-    steps: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-        "environment": environment,
-        "learning": learning,
-        "bf16": bf16,
-        "provider": provider,
-        "accuracy": accuracy,
-        "table": table,
-    }
     results = {}
-    for name, step in steps.items():
+    for name, step in STEPS.items():
         path = OUT / f"{name}.json"
+        if name not in options.steps and not path.exists():
+            continue
         if not path.exists():
             path.write_text(json.dumps(step(options), indent=1))
         results[name] = json.loads(path.read_text())
@@ -133,29 +131,97 @@ def bf16(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def provider(options: argparse.Namespace) -> dict[str, Any]:
-    """The provider that really runs a version, its parity with the CPU's, and its speed."""
-    backbone = random_backbone(options)
-    data = random_images(backbone, 64, classes=4)
-    learned = teach(backbone, data, LearnConfig(epochs=1), Tracker())
+def runs(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a run by how it is made, and how far its answers are from the CPU's."""
+    return {
+        architecture: runs_of(random_backbone(options, architecture), options)
+        for architecture in ("deit_tiny_patch16_224", options.architecture)
+    }
+
+
+def runs_of(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one architecture; whatever is slow once is over before it is timed."""
+    learned = teach(
+        backbone, random_images(backbone, 64, classes=4), LearnConfig(epochs=1), Tracker()
+    )
     backbone.module.cpu()
     onnx = materialise(export_template(backbone), learned.model, 1)
-    reference = Predictor.load(onnx, RuntimeOptions(provider="cpu"))
-    predictor = Predictor.load(
-        onnx, RuntimeOptions(provider="cuda" if options.device == "cuda" else "cpu")
-    )
-    pixels = np.concatenate([reference.preprocess(image) for image in data.images[:32]])
-    expected, answered = reference.classify(pixels), predictor.classify(pixels)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        predictor.classify(pixels)
-        times.append(time.perf_counter() - start)
-    return {
-        "provider": predictor.provider,
-        "max_abs_diff": float(np.abs(expected.logits - answered.logits).max()),
-        "images_per_second": len(pixels) / float(np.median(times[1:])),
+    images = random_images(backbone, 64, classes=4).images
+    exact = Predictor.load(onnx, RuntimeOptions(provider="cpu"))
+    pixels = np.concatenate([exact.preprocess(image) for image in images])
+    expected = exact.classify(pixels[:8])
+    provider = CUDA if options.device == "cuda" else CPU
+    settings = [(CUDA, {"use_tf32": "0"}), CPU] if provider == CUDA else [CPU]
+    plain = ort.InferenceSession(split(onnx)[1], providers=settings)
+    ways: dict[str, Callable[[Any], Any]] = {
+        "session.run": lambda batch: plain.run(OUTPUTS, {PIXELS: batch})
     }
+    name = "cuda" if provider == CUDA else "cpu"
+    for way, more in {
+        "bound": {"record": False},
+        "recorded": {},
+        "recorded, float16": {"precision": "float16"},
+    }.items():
+        predictor = Predictor.load(onnx, RuntimeOptions(provider=name, **more))  # type: ignore[arg-type]
+        ways[way] = lambda batch, predictor=predictor: predictor.classify(batch)._arrays
+    found: dict[str, Any] = {"provider": plain.get_providers()[0]}
+    for way, run in ways.items():
+        logits, _, embedding, _ = run(pixels[:8])
+        found[way] = {
+            "logits_differ_by": float(np.abs(logits - expected.logits).max()),
+            "embedding_cosine": float(
+                torch.nn.functional.cosine_similarity(
+                    torch.from_numpy(embedding), torch.from_numpy(expected.embedding)
+                ).min()
+            ),
+        }
+    for size in (1, 8, 64):
+        for run in ways.values():
+            run(pixels[:size])
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(30 if options.device == "cuda" else 3):
+            for way, run in ways.items():
+                start = time.perf_counter()
+                run(pixels[:size])
+                times[way].append(time.perf_counter() - start)
+        for way, seconds in times.items():
+            found[way][f"milliseconds_of_{size}"] = round(1e3 * float(np.median(seconds)), 3)
+    return found
+
+
+SERVERS = {
+    "cpu": ("--provider", "cpu"),
+    "cuda": ("--provider", "cuda"),
+    "cuda, float16": ("--provider", "cuda", "--predict-precision", "float16"),
+}
+
+
+def server(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole server: answers a second, and versions that change under load."""
+    if not Path(STREAM_BACKBONE).exists():
+        return {"skipped": f"no {Path(STREAM_BACKBONE).name} beside the checkout"}
+    stage = scene.Scene(OUT / "server", processors())
+    stage.out.mkdir(parents=True, exist_ok=True)
+    scene.prepare(stage)
+    lengths = steps.Lengths(seconds=3.0, warm_up=1.5, swaps=options.swaps, cancelled=0)
+    found: dict[str, Any] = {}
+    for name, flags in SERVERS.items():
+        if options.device != "cuda" and "cuda" in name:
+            continue
+        loads = steps.ours(stage, lengths, (1, 16, 64), flags)
+        found[name] = {
+            clients: {
+                "images_per_second": loads[clients]["throughput"],
+                "p50_ms": 1e3 * loads[clients]["latency"]["p50"],
+                "p99_ms": 1e3 * loads[clients]["latency"]["p99"],
+                "errors": sum(loads[clients]["errors"].values()),
+            }
+            for clients in ("1", "16", "64")
+        }
+        print(name, found[name], flush=True)
+    flags = SERVERS["cuda" if options.device == "cuda" else "cpu"]
+    found["swaps"] = figures.of_swaps(steps.swaps(stage, lengths, flags=flags))
+    return found
 
 
 def accuracy(options: argparse.Namespace) -> dict[str, Any]:
@@ -192,13 +258,14 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if key != "results"}
 
 
-def random_backbone(options: argparse.Namespace) -> Backbone:
-    """Return the architecture with random weights, on the device."""
+def random_backbone(options: argparse.Namespace, architecture: str = "") -> Backbone:
+    """Return an architecture, that of the options if none is named, with random weights."""
     import timm
 
     torch.manual_seed(0)
-    weights = timm.create_model(options.architecture, num_classes=0).state_dict()
-    backbone = build_backbone(BackboneConfig(options.architecture, {}, {}), weights)
+    name = architecture or options.architecture
+    weights = timm.create_model(name, num_classes=0).state_dict()
+    backbone = build_backbone(BackboneConfig(name, {}, {}), weights)
     backbone.module.to(options.device)
     return backbone
 
@@ -231,12 +298,50 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
     text = path.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    blocks = "\n".join(
-        f"\n**{name}**\n\n```json\n{json.dumps(result, indent=1)}\n```"
-        for name, result in results.items()
-    )
+    blocks = "\n".join(f"\n### {name}\n\n{_shown(result)}" for name, result in results.items())
     path.write_text(f"{head}{BEGIN}\n{blocks}\n\n{END}{tail}")
 
+
+def _shown(result: dict[str, Any], title: str = "") -> str:
+    """Return plain figures as one table, and dictionaries of them as one with a row for each."""
+    plain = {name: value for name, value in result.items() if not isinstance(value, dict)}
+    rows = {name: value for name, value in result.items() if isinstance(value, dict)}
+    deep = {
+        name: row for name, row in rows.items() if any(isinstance(x, dict) for x in row.values())
+    }
+    parts = [_table({title: plain})] if plain else []
+    for columns in dict.fromkeys(tuple(row) for name, row in rows.items() if name not in deep):
+        parts.append(_table({name: row for name, row in rows.items() if tuple(row) == columns}))
+    parts += [f"{name}:\n\n{_shown(row)}" for name, row in deep.items()]
+    return "\n".join(parts)
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(_cell(row[column]) for column in columns)] for name, row in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) and value < 0.99 else str(_rounded(value))
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6 if value < 1.01 else 2) if isinstance(value, float) else value
+
+
+STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "environment": environment,
+    "learning": learning,
+    "bf16": bf16,
+    "runs": runs,
+    "server": server,
+    "accuracy": accuracy,
+    "table": table,
+}
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -270,7 +272,7 @@ without_cuda = pytest.mark.skipif(
 
 @without_cuda
 def test_cuda_that_is_not_there_is_an_error(file: bytes):
-    with pytest.raises(UnavailableError, match="fell back to CPUExecutionProvider"):
+    with pytest.raises(UnavailableError, match="is not onnxruntime-gpu"):
         Predictor.load(file, RuntimeOptions(provider="cuda"))
 
 
@@ -278,7 +280,7 @@ def test_cuda_that_is_not_there_is_an_error(file: bytes):
 def test_cuda_that_does_not_start(file: bytes, monkeypatch: pytest.MonkeyPatch):
     """onnxruntime-gpu without a working driver: offered, then not there."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
-    with pytest.raises(UnavailableError, match="fell back"):
+    with pytest.raises(UnavailableError, match="cuda was asked for, but onnxruntime does not"):
         Predictor.load(file, RuntimeOptions(provider="cuda"))
     for provider in ("auto", "cpu"):
         loaded = Predictor.load(file, RuntimeOptions(provider=provider))
@@ -287,14 +289,72 @@ def test_cuda_that_does_not_start(file: bytes, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="needs onnxruntime-gpu")
-def test_cuda_answers_as_the_cpu_does(file: bytes, predictor: Predictor):
-    loaded = Predictor.load(file, RuntimeOptions(provider="cuda"))
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize(("precision", "atol"), [("float32", 1e-4), ("float16", 0.05)])
+def test_cuda_answers_as_the_cpu_does(
+    file: bytes,
+    predictor: Predictor,
+    record: bool,
+    precision: Literal["float32", "float16"],
+    atol: float,
+):
+    options = RuntimeOptions(provider="cuda", precision=precision, record=record)
+    loaded = Predictor.load(file, options)
     assert loaded.provider == CUDA
-    one = image(33, 44)
+    images = [image(33 + i, 44) for i in range(5)]
     for theirs, ours in zip(
-        outputs(loaded.predict([one])), outputs(predictor.predict([one])), strict=True
+        outputs(loaded.predict(images)), outputs(predictor.predict(images)), strict=True
     ):
-        np.testing.assert_allclose(theirs, ours, atol=1e-4)
+        np.testing.assert_allclose(theirs, ours, atol=atol)
+
+
+class Elsewhere(ort.InferenceSession):
+    """A session on the CPU that says it is on a GPU, as far as tests without one get."""
+
+    def get_providers(self) -> list[str]:
+        return [CUDA, CPU]
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what is opened for a GPU opened on the CPU, and bound there."""
+    usual = predictor_module._open
+
+    def opened(model: bytes | str, options: ort.SessionOptions, providers: list[Any]) -> Any:
+        if providers == [CPU]:
+            return usual(model, options, providers)
+        return Elsewhere(model, options, providers=[CPU])
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(predictor_module, "_open", opened)
+    monkeypatch.setattr(
+        predictor_module, "BoundSession", partial(predictor_module.BoundSession, device="cpu")
+    )
+
+
+@without_cuda
+def test_float16_is_the_backbone_that_answers(file: bytes, predictor: Predictor, pretended: None):
+    loaded = Predictor.load(file, RuntimeOptions(provider="cuda", precision="float16"))
+    assert loaded.provider == CUDA
+    loaded.warm_up(4)
+    half, exact = (each.predict([image(33, 44)]).embedding for each in (loaded, predictor))
+    assert (half != exact).any()
+    np.testing.assert_allclose(half, exact, atol=0.01)
+
+
+@without_cuda
+def test_a_model_for_which_float16_is_too_coarse_runs_as_it_is(
+    file: bytes,
+    predictor: Predictor,
+    pretended: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr(predictor_module, "_SAME", 1.1)
+    loaded = Predictor.load(file, RuntimeOptions(provider="cuda", precision="float16"))
+    assert "float16 is too coarse" in caplog.text
+    exact, same = (each.predict([image(33, 44)]).embedding for each in (loaded, predictor))
+    np.testing.assert_allclose(exact, same, rtol=1e-6)
 
 
 def test_a_damaged_file_is_not_blamed_on_the_provider(monkeypatch: pytest.MonkeyPatch):

@@ -222,8 +222,20 @@ def test_the_first_image_at_fault_is_named(order: tuple[int, ...]) -> None:
     assert turns.idle
 
 
+def test_runs_are_as_many_as_are_allowed_by_now() -> None:
+    turns = Turns(LIMITS, runs=3)
+    for _ in range(3):
+        turns.enter(encoded(1), 0.0)
+    decode_all(turns)
+    turns.runs = 2
+    first, second = turns.next_batch(0.0), turns.next_batch(0.0)
+    assert (len(first), len(second), turns.next_batch(0.0)) == (1, 1, [])
+    turns.classified(first, answers(first), 0.0, 1.0)
+    assert len(turns.next_batch(1.0)) == 1
+
+
 def test_alone_is_who_shares_the_processors_with_nobody() -> None:
-    turns = Turns(LIMITS, runs=2)
+    turns = Turns(LIMITS, runs=3)
     first, second = encoded(1), encoded(2)
     turns.enter(first, 0.0)
     decode_all(turns)

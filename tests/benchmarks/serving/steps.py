@@ -69,9 +69,11 @@ def bare(scene: Scene, lengths: Lengths) -> dict[str, Any]:
     return {"1": without_curve(json.loads(result.stdout))}
 
 
-def ours(scene: Scene, lengths: Lengths, concurrency: Sequence[int]) -> dict[str, Any]:
-    """Measure our server, started for it, at some numbers of clients."""
-    with scene.server() as server:
+def ours(
+    scene: Scene, lengths: Lengths, concurrency: Sequence[int], flags: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measure our server, started for it with ``flags``, at some numbers of clients."""
+    with scene.server(*flags) as server:
         images = scene.images()
         with connected(server) as client:
             labels = [client.predict([x], 1).predictions[0].scores[0].label for x in images]
@@ -156,9 +158,11 @@ class Steady:
                 group.create_task(client(first))
 
 
-def swaps(scene: Scene, lengths: Lengths, clients: int = 8) -> dict[str, Any]:
+def swaps(
+    scene: Scene, lengths: Lengths, clients: int = 8, flags: Sequence[str] = ()
+) -> dict[str, Any]:
     """Swap two versions again and again under constant load; measure without before and after."""
-    with scene.server() as server, connected(server) as client:
+    with scene.server(*flags) as server, connected(server) as client:
         memory = []
 
         def swap(number: int) -> None:
