@@ -109,6 +109,10 @@ bench-serving: $(READY) ## predictions against a bare loop and other servers; ho
 		$(call flag,rounds,$(ROUNDS)) $(call flag,seconds,$(SECONDS_EACH)) \
 		$(call flag,threads,$(THREADS)) $(if $(SMOKE),--smoke) $(if $(WRITE),--write)
 
+.PHONY: soak
+soak: ## of bench-serving: predict, learn and swap at once; a quarter of an hour
+	$(MAKE) --no-print-directory bench-serving PARTS=soak
+
 .PHONY: gpu-report
 gpu-report: $(READY) ## what the GPU of this machine does (GPU=1)
 	$(BIN)/python -m tests.benchmarks.gpu_report

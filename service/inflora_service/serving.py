@@ -36,6 +36,7 @@ from inflora_core.predictor import (
 )
 from inflora_core.retention import Outdated, outdated
 from inflora_core.store import ONNX_FILE, Store
+from inflora_service import allocator
 from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
 from inflora_service.batching import Batcher
@@ -559,6 +560,7 @@ class ModelHost:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._loader, self._load, number)
 
+    @allocator.apart()
     def _load(self, number: int) -> Loaded:
         generation = self._generation
         version = self._verified(number)

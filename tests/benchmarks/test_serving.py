@@ -126,6 +126,27 @@ def test_figures_of_swaps() -> None:
     }
 
 
+def test_figures_of_a_soak() -> None:
+    """What is set up in the first quarter is no growth; a server that grows all along does."""
+    grown = [100, 180, 200, 200, 200, 202, 206, 300]
+    found = {
+        "seconds": 900.0,
+        "load": {"calls": 90, "failed": 1, "latency": {"p99": 0.5}},
+        "turns": {"PUBLISHED": 3, "FAILED": 1, "CANCELLED": 1, "promoted": 6},
+        "memory": [{"at": i, "server": size, "worker": 50} for i, size in enumerate(grown)],
+    }
+    assert figures.of_soak(found) == {
+        "soak_seconds": 900.0,
+        "soak_calls": 90,
+        "soak_failures": 2,
+        "soak_p99": 0.5,
+        "soak_learned": 3,
+        "soak_swaps": 9,
+        "soak_memory_ratio": (206 + 300) / 2 / 200,
+        "soak_worker_memory_ratio": 1.0,
+    }
+
+
 class TestRecord:
     def test_measures_once(self, tmp_path: Path) -> None:
         path, made = tmp_path / "results.jsonl", []

@@ -20,7 +20,7 @@ from tests.benchmarks.checkout import ROOT, commit
 from tests.benchmarks.serving import figures, peers, scene, steps
 from tests.benchmarks.serving.record import Record
 
-PARTS = ("bare", "peers", "swaps", "learning", "cancelling")
+PARTS = ("bare", "peers", "swaps", "learning", "cancelling", "soak")
 BARE_CONCURRENCY = (16, 64)
 PEER_CONCURRENCY = (1, 8, 32)
 
@@ -32,10 +32,12 @@ Figures = dict[str, Any]
 def main() -> None:
     """Measure what is not measured yet, and say what came of it."""
     options = parser().parse_args()
-    lengths = steps.Lengths(options.seconds, options.warm_up, options.swaps, options.cancelled)
+    lengths = steps.Lengths(
+        options.seconds, options.warm_up, options.swaps, options.cancelled, options.soak
+    )
     rounds = options.rounds
     if options.smoke:
-        lengths, rounds = steps.Lengths(1.5, 0.5, 20, 300), 1
+        lengths, rounds = steps.Lengths(1.5, 0.5, 20, 300, 30), 1
     options.out.mkdir(parents=True, exist_ok=True)
     stage = scene.Scene(options.out, options.threads or processors())
     scene.prepare(stage)
@@ -51,6 +53,7 @@ def main() -> None:
         "swaps": lambda: swaps(record, stage, lengths),
         "learning": lambda: learning(record, stage, lengths, rounds),
         "cancelling": lambda: cancelling(record, stage, lengths),
+        "soak": lambda: soak(record, stage, lengths),
     }
     found: Figures = {}
     for part in options.parts:
@@ -77,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--warm-up", type=float, default=2.0, help="seconds before each load")
     add("--swaps", type=int, default=200)
     add("--cancelled", type=int, default=10_000, help="calls with random deadlines")
+    add("--soak", type=float, default=900.0, help="seconds of everything at once")
     add("--threads", type=int, default=0, help="of every contender; 0: one a processor")
     add("--smoke", action="store_true", help="only see that every part works")
     add("--write", action="store_true", help="write the table into docs/benchmarks.md")
@@ -179,6 +183,12 @@ def cancelling(record: Record, stage: scene.Scene, lengths: steps.Lengths) -> Fi
         "cancelled_calls": found["ends"],
         "failed_after_cancelling": found["normal"]["failed"],
     }
+
+
+def soak(record: Record, stage: scene.Scene, lengths: steps.Lengths) -> Figures:
+    """Everything at once, for long."""
+    key = {"part": "soak", "soak": lengths.soak}
+    return figures.of_soak(record.take(key, lambda: steps.soak(stage, lengths)))
 
 
 def write_table(path: Path, text: str) -> None:

@@ -102,6 +102,28 @@ def of_swaps(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def of_soak(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of everything at once; growth is that of medians from the second quarter
+    to the last: what is set up lazily is there by the second."""
+    load, memory, turns = found["load"], found["memory"], found["turns"]
+    quarter = len(memory) // 4
+
+    def growth(process: str) -> float:
+        sizes = [each[process] for each in memory]
+        return median(sizes[-quarter:]) / median(sizes[quarter : 2 * quarter])
+
+    return {
+        "soak_seconds": found["seconds"],
+        "soak_calls": load["calls"],
+        "soak_failures": load["failed"] + turns.get("FAILED", 0),
+        "soak_p99": value(load, "p99"),
+        "soak_learned": turns.get("PUBLISHED", 0),
+        "soak_swaps": turns.get("PUBLISHED", 0) + turns.get("promoted", 0),
+        "soak_memory_ratio": growth("server"),
+        "soak_worker_memory_ratio": growth("worker"),
+    }
+
+
 def of_learning(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the figures of predicting while a task is learned: medians of the rounds."""
     return {

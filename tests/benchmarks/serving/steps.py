@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,12 +48,14 @@ class Lengths:
         warm_up: Before each.
         swaps: How often versions are swapped.
         cancelled: Calls with random deadlines and cancellations.
+        soak: Seconds of load with everything at once.
     """
 
     seconds: float
     warm_up: float
     swaps: int
     cancelled: int
+    soak: float = 900.0
 
     @property
     def calm(self) -> float:
@@ -236,6 +241,63 @@ def learning(scene: Scene, lengths: Lengths) -> dict[str, Any]:
         "learned_all_along": still,
         "identical": before == during == after,
     }
+
+
+def soak(scene: Scene, lengths: Lengths) -> dict[str, Any]:
+    """Predict at 70% of the highest load while tasks are learned and versions swapped."""
+    images = scene.images()
+    tasks = streams.load(str(STREAM), None, None, 0)
+    flags = ("--gate-accuracy", "off", "--gate-distinct", "off", "--set", "epochs=2")
+    memory: list[dict[str, float]] = []
+    turns: Counter[str] = Counter()
+    with scene.server(*flags) as server, connected(server) as client:
+        began, over = time.monotonic(), threading.Event()
+
+        async def load(what: bench.Closed | bench.Open, seconds: float) -> dict[str, Any]:
+            calls = bench.PredictCalls(server.address, QUESTION, images)
+            async with calls as call:
+                bounds = bench.Bounds(seconds, warm_up=lengths.warm_up)
+                report = bench.report(what, await bench.drive(call, what, bounds), 1)
+            return without_curve(dataclasses.asdict(report))
+
+        def look() -> None:
+            worker = server.worker_pid()
+            while not over.wait(2.0):
+                memory.append(
+                    {
+                        "at": time.monotonic() - began,
+                        "server": resident(server.process.pid),
+                        "worker": resident(worker),
+                    }
+                )
+
+        def teach_and_swap() -> None:
+            """Teach task after task, in the end other images of known classes; go to and fro."""
+            client.pin(1)
+            for number in itertools.count():
+                again, which = divmod(number, len(tasks))
+                task = client.learn(few(tasks[which], EACH * (again % 5)))
+                for now in client.watch(task):
+                    if over.is_set() and not now.ended:
+                        client.cancel(task)
+                turns[now.stage.name] += 1
+                if over.is_set():
+                    return
+                newest = client.version().name
+                for version in (1, newest):
+                    client.promote(version)
+                    turns["promoted"] += 1
+
+        most = asyncio.run(load(bench.Closed(16), lengths.calm))
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(look), pool.submit(teach_and_swap)]
+            try:
+                found = asyncio.run(load(bench.Open(0.7 * most["throughput"]), lengths.soak))
+            finally:
+                over.set()
+            for job in jobs:
+                job.result()
+    return {"load": found, "turns": dict(turns), "memory": memory, "seconds": lengths.soak}
 
 
 def exact(client: Client, images: Sequence[bytes]) -> list[list[tuple[str, float]]]:

@@ -1,0 +1,46 @@
+"""glibc's allocator, told which memory goes as a whole.
+
+It takes large blocks from the system one by one, and gives each back when it is freed, but decides
+by what was freed before what is large: after the first swap, a version's weights lie between what
+calls use, and what is freed there stays with the process. After 200 swaps a server held half as
+much again as it used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt, from malloc.h."""
+
+_USUAL = 32 << 20
+"""Bytes of a large block: the most that there may be, which glibc would come to by itself."""
+
+_FOR_GOOD = 128 << 10
+"""Bytes of a large block among those of a version: the least that glibc itself begins with."""
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Allocate in whole pages meanwhile what is not small, and give back what is free then.
+
+    It holds for all threads, so those that answer calls are a little slower for as long. Elsewhere
+    than with glibc, nothing is different.
+    """
+    c = ctypes.CDLL(None)
+    # Images are decoded into blocks that come and go: their pages are kept.
+    _set(c, _TRIM_THRESHOLD, 2 * _USUAL)
+    _set(c, _MMAP_THRESHOLD, _FOR_GOOD)
+    try:
+        yield
+    finally:
+        _set(c, _MMAP_THRESHOLD, _USUAL)
+        with suppress(AttributeError):
+            c.malloc_trim(0)
+
+
+def _set(c: ctypes.CDLL, parameter: int, value: int) -> None:
+    with suppress(AttributeError):
+        c.mallopt(parameter, value)
