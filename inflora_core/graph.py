@@ -45,6 +45,7 @@ from onnx import (
     TensorProto,
     ValueInfoProto,
     helper,
+    numpy_helper,
 )
 
 from inflora_core.errors import DamagedError, InvalidInputError, UnsupportedBackboneError
@@ -86,6 +87,7 @@ _FIXED_SIDES = {HEAD_WEIGHT: 1, HEAD_BIAS: 0, NOVELTY_WEIGHT: 1, NOVELTY_BIAS: 0
 """Leading sides of an initializer that a version cannot change; the rest grows with the classes."""
 
 _PREPROCESS = "preprocess."
+_OWN_OPERATORS = "com.microsoft"
 _HEAD = "head."
 _MODES = {"bicubic": "cubic", "bilinear": "linear"}
 _RESERVED_KEYS = ("classes", "tasks", "version", "preprocessing", "layers")
@@ -279,6 +281,110 @@ def split(model: bytes | ModelProto) -> tuple[bytes, bytes]:
     del graph.node[:cut], graph.initializer[:ours], graph.input[:], graph.value_info[:]
     graph.input.extend(pixels)
     return _serialise(first), _serialise(proto)
+
+
+def attention_fused(classify: bytes) -> bytes:
+    """Return the classify part with each attention as one operator of onnxruntime's own.
+
+    Its answers differ by rounding. What is not attention as timm's plain ViTs have it, softmax of
+    scaled products of queries and keys and nothing between, stays as it is. No weight is looked at.
+
+    Args:
+        classify: It may lack its large initializers.
+
+    Raises:
+        DamagedError: if ``classify`` is not ONNX.
+    """
+    proto = _parse(classify)
+    graph = proto.graph
+    made = {name: node for node in graph.node for name in node.output}
+    used: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            used.setdefault(name, []).append(node)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    fused: dict[str, NodeProto] = {}
+    gone: set[str] = set()
+    for softmax in [node for node in graph.node if node.op_type == "Softmax"]:
+        attention = _attention(softmax, made, used, constants)
+        if attention is not None:
+            nodes, fused_node = attention
+            fused[nodes[-1].output[0]] = fused_node
+            gone.update(node.output[0] for node in nodes)
+    if not fused:
+        return classify
+    nodes = [
+        fused.get(node.output[0], node)
+        for node in graph.node
+        if node.output[0] in fused or node.output[0] not in gone
+    ]
+    changed = _own(proto)
+    del changed.graph.node[:]
+    changed.graph.node.extend(nodes)
+    changed.opset_import.append(helper.make_opsetid(_OWN_OPERATORS, 1))
+    return _serialise(changed)
+
+
+def _attention(
+    softmax: NodeProto,
+    made: Mapping[str, NodeProto],
+    used: Mapping[str, Sequence[NodeProto]],
+    constants: Mapping[str, TensorProto],
+) -> tuple[list[NodeProto], NodeProto] | None:
+    """Return the nodes of the attention around a softmax, last one last, and one in their place."""
+
+    def before(node: NodeProto, place: int, kind: str) -> NodeProto:
+        found = made[node.input[place]]
+        if found.op_type != kind or len(used[found.output[0]]) != 1:
+            raise LookupError(kind)
+        return found
+
+    def after(node: NodeProto, kind: str) -> NodeProto:
+        (found,) = used[node.output[0]]
+        if found.op_type != kind:
+            raise LookupError(kind)
+        return found
+
+    try:
+        products = before(softmax, 0, "MatMul")
+        weighted = after(softmax, "MatMul")
+        back = after(weighted, "Transpose")
+        joined = after(back, "Reshape")
+        scaled = before(products, 0, "Mul")
+        turned = (
+            before(scaled, 0, "Transpose"),
+            before(products, 1, "Transpose"),
+            before(weighted, 1, "Transpose"),
+        )
+        parted = [before(node, 0, "Reshape") for node in turned]
+        permutations = [_permutation(node) for node in (*turned, back)]
+        scale = numpy_helper.to_array(constants[scaled.input[1]])
+        shapes = [numpy_helper.to_array(constants[node.input[1]]).tolist() for node in parted]
+    except (LookupError, ValueError):
+        return None
+    axis = next((each.i for each in softmax.attribute if each.name == "axis"), -1)
+    if (
+        axis not in (-1, 3)
+        or weighted.input[0] != softmax.output[0]
+        or permutations != [[0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3], [0, 2, 1, 3]]
+        or scale.size != 1
+        or any(len(shape) != 4 or shape[1:3] != shapes[0][1:3] for shape in shapes)
+    ):
+        return None
+    one = helper.make_node(
+        "MultiHeadAttention",
+        [node.input[0] for node in parted],
+        [joined.output[0]],
+        domain=_OWN_OPERATORS,
+        num_heads=int(shapes[0][2]),
+        scale=float(scale.reshape(-1)[0]),
+    )
+    nodes = [*parted, *turned, scaled, products, softmax, weighted, back, joined]
+    return nodes, one
+
+
+def _permutation(transpose: NodeProto) -> list[int]:
+    return next(list(each.ints) for each in transpose.attribute if each.name == "perm")
 
 
 def halved(classify: bytes) -> bytes:

@@ -37,6 +37,7 @@ from inflora_core.graph import (
     OUTPUTS,
     PIXELS,
     ModelCard,
+    attention_fused,
     halved,
     read_metadata,
     split,
@@ -123,9 +124,9 @@ class Predictor:
 
     Args:
         card: What the file says of itself.
-        preprocess: Its first part.
+        preprocess: Its first part, with one thread: images are prepared side by side.
         classify: Its second part, as it is run beside other runs.
-        alone: The same, with all threads; None if ``classify`` has them.
+        alone: Both parts, with all threads; None where ``classify`` has them.
     """
 
     def __init__(
@@ -133,12 +134,12 @@ class Predictor:
         card: ModelCard,
         preprocess: ort.InferenceSession,
         classify: ort.InferenceSession | BoundSession,
-        alone: ort.InferenceSession | None = None,
+        alone: tuple[ort.InferenceSession, ort.InferenceSession] | None = None,
     ) -> None:
         self.card = card
         self._preprocess = preprocess
         self._classify = classify
-        self._alone = alone or classify
+        self._preprocess_alone, self._alone = alone or (preprocess, classify)
 
     @classmethod
     def load(cls, model: bytes | Path, options: RuntimeOptions | None = None) -> Predictor:
@@ -161,6 +162,7 @@ class Predictor:
             skeleton, weights = wire.part(content)
             preprocess, classify = split(skeleton)
             card = read_metadata(preprocess)
+            fused = attention_fused(classify)
         except (DamagedError, MemoryError):
             raise
         except Exception as error:
@@ -168,15 +170,20 @@ class Predictor:
             raise DamagedError(f"the ONNX file is damaged: {str(error)[:300]}") from error
         if card.version is None or not card.classes or len(card.classes) != len(card.tasks):
             raise DamagedError("the ONNX file is a template or cut short: it has no class table")
-        prepare = _open(preprocess, _preprocess_options(), [CPU])
-        with _as_file(wire.appended(classify, weights)) as file:
-            if on_gpu := _open_cuda(file, card, options):
-                return cls(card, prepare, on_gpu)
+        prepare = _open(preprocess, _preprocess_options(session_options(1)), [CPU])
+        offered = CUDA in ort.get_available_providers()
+        if options.provider == "cuda" or (options.provider == "auto" and offered):
+            with _as_file(wire.appended(classify, weights)) as file:
+                if on_gpu := _open_cuda(file, card, options):
+                    return cls(card, prepare, on_gpu)
+        with _as_file(wire.appended(fused, weights)) as file:
             threads = options.all_threads // options.cpu_runs
-            runner, alone = _open(file, session_options(threads), [CPU]), None
-            if options.cpu_runs > 1:
-                alone = _open(file, _alone_options(options), [CPU])
-        return cls(card, prepare, runner, alone)
+            runner = _open(file, session_options(threads), [CPU])
+            if options.cpu_runs == 1:
+                return cls(card, prepare, runner)
+            everything = _open(file, _alone_options(options), [CPU])
+        quickly = _open(preprocess, _preprocess_options(_alone_options(options)), [CPU])
+        return cls(card, prepare, runner, (quickly, everything))
 
     @property
     def provider(self) -> str:
@@ -189,17 +196,19 @@ class Predictor:
         (shape,) = (node.shape for node in self._classify.get_outputs() if node.name == EMBEDDING)
         return int(shape[1])
 
-    def preprocess(self, image: NDArray[np.uint8]) -> Floats:
+    def preprocess(self, image: NDArray[np.uint8], *, alone: bool = False) -> Floats:
         """Return the model-sized tensor of one image.
 
         Args:
             image: (h, w, 3) uint8, RGB, any size.
+            alone: As for ``classify``.
 
         Returns:
             (1, 3, height, width) float32, normalised as the backbone expects.
         """
+        session = self._preprocess_alone if alone else self._preprocess
         with _telling_memory():
-            (pixels,) = self._preprocess.run([PIXELS], {IMAGES: image[np.newaxis]})
+            (pixels,) = session.run([PIXELS], {IMAGES: image[np.newaxis]})
         return np.asarray(pixels, np.float32)
 
     def classify(self, pixels: Floats, *, alone: bool = False) -> Answers:
@@ -237,7 +246,7 @@ class Predictor:
             self.classify(np.repeat(pixels, images, axis=0))
             images *= 2
         if self._alone is not self._classify:
-            self.classify(pixels, alone=True)
+            self.classify(self._blank(alone=True), alone=True)
 
     def best_batch(self, most: int = 64) -> int:
         """Find out how many images a run should take at a time.
@@ -267,9 +276,9 @@ class Predictor:
             trials.append(time.perf_counter() - start)
         return min(trials) / len(pixels)
 
-    def _blank(self) -> Floats:
+    def _blank(self, *, alone: bool = False) -> Floats:
         size = self.card.preprocessing
-        return self.preprocess(np.zeros((size.height, size.width, 3), np.uint8))
+        return self.preprocess(np.zeros((size.height, size.width, 3), np.uint8), alone=alone)
 
 
 _WORTH_WAITING = 0.1
@@ -339,13 +348,11 @@ def _as_file(pieces: Sequence[bytes | memoryview]) -> Iterator[bytes | str]:
 
 
 def _open_cuda(model: bytes | str, card: ModelCard, options: RuntimeOptions) -> BoundSession | None:
-    """Open the classifier on a GPU; None where there is none, or none is wanted.
+    """Open the classifier on a GPU; None where there is none.
 
     Raises:
         UnavailableError: if CUDA was insisted on and is not what runs.
     """
-    if options.provider == "cpu":
-        return None
     why = "this onnxruntime is not onnxruntime-gpu"
     if CUDA in ort.get_available_providers():
         _preload_cuda()
@@ -471,9 +478,7 @@ def _alone_options(options: RuntimeOptions) -> ort.SessionOptions:
     return session_options(options.all_threads, spin=True)
 
 
-def _preprocess_options() -> ort.SessionOptions:
-    # One thread: images are prepared side by side.
-    session = session_options(1)
+def _preprocess_options(session: ort.SessionOptions) -> ort.SessionOptions:
     # An arena never shrinks: one photo of 60 million pixels would hold gigabytes for good. And a
     # memory plan would be kept for every size of image that ever came.
     session.enable_cpu_mem_arena = False

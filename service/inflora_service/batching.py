@@ -147,13 +147,14 @@ class Batcher:
                 if self._closed:
                     return False
                 self._to_decode.wait()
+            alone = self._turns.images == 1
         call, index, source = image
         outcome: Floats | Exception
         try:
             if isinstance(source, bytes):
                 source = decode(source, self._limits, field=f"images[{index}]")
             # Down to the model's size at once: hundreds of decoded photos would fill the memory.
-            outcome = call.predictor.preprocess(source)
+            outcome = call.predictor.preprocess(source, alone=alone)
         except Exception as error:
             outcome = error
         with self._lock:

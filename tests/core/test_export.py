@@ -128,6 +128,65 @@ def test_every_family_gives_torchs_answers(exported: Exported, classes: int) -> 
     assert report.top1_agreement == 1
 
 
+NOT_FUSED = {"qk-norm", "dinov3", "rope-mixed"}
+"""Families that change queries and keys before they are multiplied."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_in_one_operator_answers_alike(family: str) -> None:
+    backbone, template = export_family(family)
+    _, classify = graph.split(graph.materialise(template, learned(backbone, 4), 1))
+    fused = graph.attention_fused(classify)
+    kinds = [node.op_type for node in onnx.load_from_string(fused).graph.node]
+    if family in NOT_FUSED:
+        assert fused == classify
+        return
+    assert kinds.count("MultiHeadAttention") == len(backbone.config.layers)
+    images = [noise(40, 50, 3, seed=i) for i in range(3)]
+    feeds = {graph.PIXELS: pixels_of(backbone, images).numpy()}
+    for ours, theirs in zip(
+        session(fused).run(list(graph.OUTPUTS), feeds),
+        session(classify).run(list(graph.OUTPUTS), feeds),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def _scale(node: onnx.NodeProto) -> None:
+    node.input[1] = "unknown"
+
+
+def _perm(node: onnx.NodeProto) -> None:
+    node.attribute[0].ints[:] = [0, 1, 2, 3]
+
+
+def _axis(node: onnx.NodeProto) -> None:
+    del node.attribute[:]
+    node.attribute.append(helper.make_attribute("axis", 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [("Mul", _scale), ("Transpose", _perm), ("Softmax", _axis)]
+)
+def test_what_only_looks_like_attention_stays(
+    vit: Exported, kind: str, change: Callable[[onnx.NodeProto], None]
+) -> None:
+    """Of one layer, one node is another: it alone is left as it is."""
+    backbone, template = vit
+    _, classify = graph.split(graph.materialise(template, learned(backbone, 4), 1))
+    model = onnx.load_from_string(classify)
+    node = next(
+        node
+        for node in model.graph.node
+        if node.op_type == kind and (kind != "Transpose" or len(node.attribute[0].ints) == 4)
+    )
+    change(node)
+    fused = onnx.load_from_string(graph.attention_fused(model.SerializeToString())).graph.node
+    kinds = [node.op_type for node in fused]
+    assert kinds.count("MultiHeadAttention") == len(backbone.config.layers) - 1
+    assert node in list(fused)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batch_and_classes_are_free_in_the_whole_file(exported: Exported, batch: int) -> None:
     backbone, template = exported

@@ -213,12 +213,14 @@ def test_sessions_leave_the_cores_to_others(file: bytes, threads: int, runs: int
     at_a_time = min(runs or all_threads, all_threads)
     expected = {
         loaded._preprocess: (1, False),
+        loaded._preprocess_alone: (all_threads, at_a_time > 1),
         loaded._classify: (all_threads // at_a_time, False),
         loaded._alone: (all_threads, at_a_time > 1),
     }
     if at_a_time == 1:
         assert loaded._alone is loaded._classify
-        del expected[loaded._alone]
+        assert loaded._preprocess_alone is loaded._preprocess
+        expected[loaded._preprocess] = 1, False
         expected[loaded._classify] = all_threads, False
     for session, (each, spins) in expected.items():
         options = session.get_session_options()
@@ -228,12 +230,17 @@ def test_sessions_leave_the_cores_to_others(file: bytes, threads: int, runs: int
         assert options.get_session_config_entry("session.force_spinning_stop") == "1"
         assert options.execution_mode == ort.ExecutionMode.ORT_SEQUENTIAL
     # What one huge photo needed must not stay reserved for good.
-    assert not loaded._preprocess.get_session_options().enable_cpu_mem_arena
+    for session in (loaded._preprocess, loaded._preprocess_alone):
+        assert not session.get_session_options().enable_cpu_mem_arena
 
 
 def test_alone_or_beside_others_the_answers_are_the_same(file: bytes):
     loaded = Predictor.load(file, RuntimeOptions(4, "cpu", 4))
-    pixels = np.concatenate([loaded.preprocess(image(20 + i, 30)) for i in range(5)])
+    images = [image(20 + i, 30) for i in range(5)]
+    pixels = np.concatenate([loaded.preprocess(each) for each in images])
+    np.testing.assert_array_equal(
+        np.concatenate([loaded.preprocess(each, alone=True) for each in images]), pixels
+    )
     alone, beside = loaded.classify(pixels, alone=True), loaded.classify(pixels)
     for one, other in zip(outputs(alone), outputs(beside), strict=True):
         np.testing.assert_array_equal(one, other)

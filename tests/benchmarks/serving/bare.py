@@ -29,7 +29,7 @@ def main() -> None:
     limits = Limits()
 
     async def classify(number: int, left: float) -> str:
-        pixels = predictor.preprocess(decode(images[number % len(images)], limits))
+        pixels = predictor.preprocess(decode(images[number % len(images)], limits), alone=True)
         answers = predictor.classify(pixels, alone=True)
         return top_classes(answers, predictor.card, 1)[0][0][0]
 
