@@ -20,7 +20,8 @@ from tests.service.conftest import GREEN, RED, WHITE, Running, fails, fault_of, 
 from tests.service.holding import Watched, gate
 from tests.service.test_bad_input import publish
 
-HELD = png((1, 2, 3))
+DARK = 1, 2, 3
+HELD = png(DARK)
 """Its classification is held up."""
 
 Tensor = pb.ModelInferRequest.InferInputTensor
@@ -515,8 +516,8 @@ async def test_deadlines_and_the_queue_are_those_of_predict(
     running = await start(limits=limits)
     with gate(monkeypatch, HELD) as held:
         waiting = [running.oip.ModelInfer(encoded(HELD)) for _ in range(2)]
-        pixels = raw_pixels(plain(RED, WHITE))
-        waiting.append(running.oip.ModelInfer(pixels))
+        # Held as well: whoever's image is decoded first would take a run and be answered.
+        waiting.append(running.oip.ModelInfer(raw_pixels(plain(DARK, DARK))))
         await watched.until(lambda: watched.images == 4)
         with fails("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED"):
             await running.oip.ModelInfer(encoded(png()))
