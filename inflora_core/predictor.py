@@ -16,18 +16,19 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from inflora_core import wire
+from inflora_core import allocator, wire
 from inflora_core.cuda import BoundSession
 from inflora_core.errors import DamagedError, InvalidInputError, StateError, UnavailableError
 from inflora_core.graph import (
@@ -46,6 +47,9 @@ from inflora_core.graph import (
 log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
+
+Parts: TypeAlias = "tuple[ort.InferenceSession, ort.InferenceSession | BoundSession]"
+"""Sessions of a file's two parts."""
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -126,7 +130,7 @@ class Predictor:
         card: What the file says of itself.
         preprocess: Its first part, with one thread: images are prepared side by side.
         classify: Its second part, as it is run beside other runs.
-        alone: Both parts, with all threads; None where ``classify`` has them.
+        open_alone: Opens both parts with all threads; None where ``classify`` has them.
     """
 
     def __init__(
@@ -134,14 +138,16 @@ class Predictor:
         card: ModelCard,
         preprocess: ort.InferenceSession,
         classify: ort.InferenceSession | BoundSession,
-        alone: tuple[ort.InferenceSession, ort.InferenceSession] | None = None,
+        open_alone: Callable[[], Parts] | None = None,
     ) -> None:
         self.card = card
-        self._preprocess = preprocess
-        self._classify = classify
-        self._preprocess_alone, self._alone = alone or (preprocess, classify)
+        self._beside: Parts = preprocess, classify
+        self._alone: Parts | None = None if open_alone else self._beside
+        self._open_alone = open_alone
+        self._opening = threading.Lock()
 
     @classmethod
+    @allocator.apart()
     def load(cls, model: bytes | Path, options: RuntimeOptions | None = None) -> Predictor:
         """Open a composed ONNX file.
 
@@ -176,24 +182,23 @@ class Predictor:
             with _as_file(wire.appended(classify, weights)) as file:
                 if on_gpu := _open_cuda(file, card, options):
                     return cls(card, prepare, on_gpu)
-        with _as_file(wire.appended(fused, weights)) as file:
+        pieces = wire.appended(fused, weights)
+        with _as_file(pieces) as file:
             threads = options.all_threads // options.cpu_runs
             runner = _open(file, session_options(threads), [CPU])
             if options.cpu_runs == 1:
                 return cls(card, prepare, runner)
-            everything = _open(file, _alone_options(options), [CPU])
-        quickly = _open(preprocess, _preprocess_options(_alone_options(options)), [CPU])
-        return cls(card, prepare, runner, (quickly, everything))
+        return cls(card, prepare, runner, partial(_open_alone, preprocess, pieces, options))
 
     @property
     def provider(self) -> str:
         """The provider that really runs the model, whatever was asked for."""
-        return str(self._classify.get_providers()[0])
+        return str(self._beside[1].get_providers()[0])
 
     @property
     def embedding_size(self) -> int:
         """Width of the embedding."""
-        (shape,) = (node.shape for node in self._classify.get_outputs() if node.name == EMBEDDING)
+        (shape,) = (node.shape for node in self._beside[1].get_outputs() if node.name == EMBEDDING)
         return int(shape[1])
 
     def preprocess(self, image: NDArray[np.uint8], *, alone: bool = False) -> Floats:
@@ -206,7 +211,7 @@ class Predictor:
         Returns:
             (1, 3, height, width) float32, normalised as the backbone expects.
         """
-        session = self._preprocess_alone if alone else self._preprocess
+        session, _ = self._parts(alone)
         with _telling_memory():
             (pixels,) = session.run([PIXELS], {IMAGES: image[np.newaxis]})
         return np.asarray(pixels, np.float32)
@@ -216,10 +221,10 @@ class Predictor:
 
         Args:
             pixels: (n, 3, height, width) float32, from ``preprocess``.
-            alone: Whether nothing else needs the processors: it may use them all. The answers are
-                the same to the bit.
+            alone: Whether nothing else needs the processors: it may use them all, once what that
+                takes is opened in a thread of its own. The answers are the same to the bit.
         """
-        session = self._alone if alone else self._classify
+        _, session = self._parts(alone)
         with _telling_memory():
             answers = session.run(OUTPUTS, {PIXELS: pixels})
         return Answers(*answers)
@@ -234,6 +239,7 @@ class Predictor:
             raise InvalidInputError("no images to predict", field="images")
         return self.classify(np.concatenate([self.preprocess(image) for image in images]))
 
+    @allocator.apart()
     def warm_up(self, batch: int = 1) -> None:
         """Answer once in every way, so that no caller pays for what is set up lazily.
 
@@ -245,8 +251,38 @@ class Predictor:
         while images <= batch:
             self.classify(np.repeat(pixels, images, axis=0))
             images *= 2
-        if self._alone is not self._classify:
-            self.classify(self._blank(alone=True), alone=True)
+
+    @allocator.apart()
+    def open_alone(self) -> None:
+        """Open what a run takes that has the processors to itself, unless it is open already.
+
+        It doubles what a version takes, so it is there from the first such run on. Versions that
+        are swapped under load never need it.
+        """
+        with self._opening:
+            if self._open_alone is None:
+                return
+            preprocess, classify = self._open_alone()
+            size = self.card.preprocessing
+            blank = np.zeros((1, size.height, size.width, 3), np.uint8)
+            (pixels,) = preprocess.run([PIXELS], {IMAGES: blank})
+            classify.run(OUTPUTS, {PIXELS: pixels})
+            self._alone, self._open_alone = (preprocess, classify), None
+
+    def _parts(self, alone: bool) -> Parts:
+        if not alone:
+            return self._beside
+        if self._alone is None and not self._opening.locked():
+            with contextlib.suppress(RuntimeError, MemoryError):  # no thread is to be had
+                threading.Thread(target=self._try_alone, name="version-alone").start()
+        return self._alone or self._beside
+
+    def _try_alone(self) -> None:
+        try:
+            self.open_alone()
+        except Exception as error:
+            log.warning("runs have one thread each, more cannot be opened: %s", error)
+            self._alone = self._beside
 
     def best_batch(self, most: int = 64) -> int:
         """Find out how many images a run should take at a time.
@@ -276,9 +312,9 @@ class Predictor:
             trials.append(time.perf_counter() - start)
         return min(trials) / len(pixels)
 
-    def _blank(self, *, alone: bool = False) -> Floats:
+    def _blank(self) -> Floats:
         size = self.card.preprocessing
-        return self.preprocess(np.zeros((size.height, size.width, 3), np.uint8), alone=alone)
+        return self.preprocess(np.zeros((size.height, size.width, 3), np.uint8))
 
 
 _WORTH_WAITING = 0.1
@@ -345,6 +381,14 @@ def _as_file(pieces: Sequence[bytes | memoryview]) -> Iterator[bytes | str]:
             while left:
                 left = left[file.write(left) :]
         yield f"/proc/self/fd/{file.fileno()}"
+
+
+def _open_alone(
+    preprocess: bytes, classify: Sequence[bytes | memoryview], options: RuntimeOptions
+) -> Parts:
+    with _as_file(classify) as file:
+        everything = _open(file, _alone_options(options), [CPU])
+    return _open(preprocess, _preprocess_options(_alone_options(options)), [CPU]), everything
 
 
 def _open_cuda(model: bytes | str, card: ModelCard, options: RuntimeOptions) -> BoundSession | None:

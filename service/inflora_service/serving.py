@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -36,7 +39,6 @@ from inflora_core.predictor import (
 )
 from inflora_core.retention import Outdated, outdated
 from inflora_core.store import ONNX_FILE, Store
-from inflora_service import allocator
 from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
 from inflora_service.batching import Batcher
@@ -52,6 +54,8 @@ PINNED_VERSIONS = 3
 GPU_RUNS = 2
 """Runs at a time where a GPU runs them one by one: the next batch is put together meanwhile."""
 
+_LOADING_NICE = 10
+
 DEFAULT_TOP_K = 5
 
 
@@ -63,6 +67,8 @@ class Loaded:
     predictor: Predictor
     generation: int
     """How often classes had been forgotten when it was read."""
+    since: float
+    """When it was begun to be read, by ``time.monotonic``."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class ModelHost:
         self._settled.set()
         self._swap = asyncio.Lock()
         # One at a time: a version that is being loaded takes several times the memory of its file.
-        self._loader = ThreadPoolExecutor(1, "version-load")
+        self._loader = ThreadPoolExecutor(1, "version-load", _step_back(options))
         self._batcher = Batcher(limits, processors(), max(options.cpu_runs, GPU_RUNS))
         self._batch: int | None = None
 
@@ -392,10 +398,12 @@ class ModelHost:
             await self._audit.purged(version)
 
     async def _swap_to(self, number: int, who: str) -> Version:
+        now = time.monotonic()
         loaded = await self._get(number)
-        # Loaded long ago, its files may have been damaged or let go since, and the next start needs
-        # them.
-        await asyncio.to_thread(self._make_whole, number)
+        if loaded.since < now or loaded.version.state is not VersionState.WHOLE:
+            # Loaded long ago, its files may have been damaged or let go since, and the next start
+            # needs them.
+            await asyncio.to_thread(self._make_whole, number)
         if loaded.version.forgets:
             # First, so that whatever happens none of them is back after the new version was seen.
             await asyncio.to_thread(self._store.forget, loaded.version.forgets)
@@ -560,9 +568,8 @@ class ModelHost:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._loader, self._load, number)
 
-    @allocator.apart()
     def _load(self, number: int) -> Loaded:
-        generation = self._generation
+        generation, since = self._generation, time.monotonic()
         version = self._verified(number)
         whole = version.state is VersionState.WHOLE
         # From memory where it is not kept: whoever predicts does not fill the disk.
@@ -575,7 +582,7 @@ class ModelHost:
             self._batcher.take_batches(self._batch, runs)
             log.info("runs take up to %d images on %s", self._batch, predictor.provider)
         predictor.warm_up(self._batch)
-        return Loaded(version, predictor, generation)
+        return Loaded(version, predictor, generation, since)
 
     def _make_whole(self, number: int) -> None:
         """See that all files of a version are there and sound, ``model.onnx`` among them.
@@ -604,6 +611,18 @@ class ModelHost:
                 log.warning("version %d cannot be rebuilt: %s", number, cause)
                 raise error from cause
         return self._store.verify(number)
+
+
+def _step_back(options: RuntimeOptions) -> Callable[[], None]:
+    """Return what makes a thread that loads versions give way to those that answer."""
+
+    def step_back() -> None:
+        with suppress(AttributeError, OSError):  # elsewhere than on Linux, threads cannot
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICE)
+
+    # A run's threads inherit it from who opens the session, and cannot get rid of it.
+    one_each = options.cpu_runs == options.all_threads
+    return step_back if one_each else lambda: None
 
 
 def check_count(count: int, limits: Limits, *, field: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -211,17 +212,14 @@ def test_sessions_leave_the_cores_to_others(file: bytes, threads: int, runs: int
     loaded = Predictor.load(file, RuntimeOptions(threads, "cpu", runs))
     all_threads = threads or processors()
     at_a_time = min(runs or all_threads, all_threads)
+    loaded.open_alone()
+    assert (loaded._alone is loaded._beside) == (at_a_time == 1)
     expected = {
-        loaded._preprocess: (1, False),
-        loaded._preprocess_alone: (all_threads, at_a_time > 1),
-        loaded._classify: (all_threads // at_a_time, False),
-        loaded._alone: (all_threads, at_a_time > 1),
+        loaded._alone[0]: (all_threads, at_a_time > 1),
+        loaded._alone[1]: (all_threads, at_a_time > 1),
+        loaded._beside[0]: (1, False),
+        loaded._beside[1]: (all_threads // at_a_time, False),
     }
-    if at_a_time == 1:
-        assert loaded._alone is loaded._classify
-        assert loaded._preprocess_alone is loaded._preprocess
-        expected[loaded._preprocess] = 1, False
-        expected[loaded._classify] = all_threads, False
     for session, (each, spins) in expected.items():
         options = session.get_session_options()
         assert options.intra_op_num_threads == each
@@ -230,12 +228,13 @@ def test_sessions_leave_the_cores_to_others(file: bytes, threads: int, runs: int
         assert options.get_session_config_entry("session.force_spinning_stop") == "1"
         assert options.execution_mode == ort.ExecutionMode.ORT_SEQUENTIAL
     # What one huge photo needed must not stay reserved for good.
-    for session in (loaded._preprocess, loaded._preprocess_alone):
+    for session in (loaded._alone[0], loaded._beside[0]):
         assert not session.get_session_options().enable_cpu_mem_arena
 
 
 def test_alone_or_beside_others_the_answers_are_the_same(file: bytes):
     loaded = Predictor.load(file, RuntimeOptions(4, "cpu", 4))
+    loaded.open_alone()
     images = [image(20 + i, 30) for i in range(5)]
     pixels = np.concatenate([loaded.preprocess(each) for each in images])
     np.testing.assert_array_equal(
@@ -244,6 +243,45 @@ def test_alone_or_beside_others_the_answers_are_the_same(file: bytes):
     alone, beside = loaded.classify(pixels, alone=True), loaded.classify(pixels)
     for one, other in zip(outputs(alone), outputs(beside), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def once_opened() -> None:
+    """Wait for what is opened beside the calls."""
+    for thread in threading.enumerate():
+        if thread.name == "version-alone":
+            thread.join()
+
+
+def test_what_a_lone_run_takes_is_opened_once_there_is_one(file: bytes):
+    loaded = Predictor.load(file, RuntimeOptions(2, "cpu", 2))
+    loaded.warm_up()
+    pixels = loaded.preprocess(image(20, 30))
+    first = loaded.classify(pixels)
+    assert loaded._alone is None
+    second = loaded.classify(pixels, alone=True)  # does not wait for it
+    once_opened()
+    alone = loaded._alone
+    assert alone is not None
+    assert alone is not loaded._beside
+    third = loaded.classify(pixels, alone=True)
+    assert loaded._alone is alone
+    for answers in (second, third):
+        np.testing.assert_array_equal(answers.logits, first.logits)
+
+
+def test_without_memory_for_a_lone_run_it_is_like_any(
+    file: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError("no memory for another copy")
+
+    monkeypatch.setattr(predictor_module, "_open_alone", no_memory)
+    loaded = Predictor.load(file, RuntimeOptions(2, "cpu", 2))
+    pixels = loaded.preprocess(image(20, 30), alone=True)
+    once_opened()
+    assert loaded._alone is loaded._beside
+    assert "no memory for another copy" in caplog.text
+    assert len(loaded.classify(pixels, alone=True)) == 1
 
 
 def test_answers_are_taken_apart_and_joined(predictor: Predictor):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -332,3 +334,21 @@ async def test_an_old_version_leaves_the_memory_with_its_last_call(
     del call
     gc.collect()
     assert old() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "setpriority"), reason="needs priorities")
+@pytest.mark.parametrize(("runs", "nicer"), [(0, True), (2, True), (1, False)])
+async def test_loading_gives_way_where_no_run_inherits_it(
+    start: Callable[..., Any], settings: Settings, runs: int, nicer: bool
+) -> None:
+    publish(settings.store, red=RED, white=WHITE)
+    running = await start(predict_threads=2, predict_runs=runs)
+    await predict(running, png(RED), version="models/default/versions/1")
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    found = {
+        thread.name: os.getpriority(os.PRIO_PROCESS, thread.native_id or 0)
+        for thread in threading.enumerate()
+        if thread.name.startswith(("version-load", "predict-"))
+    }
+    assert found.pop("version-load_0") == (10 if nicer else usual)
+    assert set(found.values()) == {usual}

@@ -25,6 +25,7 @@ def main() -> None:
     model, folder, seconds, warm_up, threads = sys.argv[1:]
     options = RuntimeOptions(int(threads), "cpu", runs=int(threads))
     predictor = Predictor.load(Path(model), options)
+    predictor.open_alone()
     images = [path.read_bytes() for path in sorted(Path(folder).glob("*.jpg"))]
     limits = Limits()
 

@@ -9,6 +9,7 @@ much again as it used.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -22,6 +23,10 @@ _FOR_GOOD = 128 << 10
 """Bytes of a large block among those of a version: the least that glibc itself begins with."""
 
 
+_lock = threading.Lock()
+_inside: set[object] = set()
+
+
 @contextmanager
 def apart() -> Iterator[None]:
     """Allocate in whole pages meanwhile what is not small, and give back what is free then.
@@ -29,14 +34,19 @@ def apart() -> Iterator[None]:
     It holds for all threads, so those that answer calls are a little slower for as long. Elsewhere
     than with glibc, nothing is different.
     """
-    c = ctypes.CDLL(None)
-    # Images are decoded into blocks that come and go: their pages are kept.
-    _set(c, _TRIM_THRESHOLD, 2 * _USUAL)
-    _set(c, _MMAP_THRESHOLD, _FOR_GOOD)
+    c, this = ctypes.CDLL(None), object()
+    with _lock:
+        _inside.add(this)
+        # Images are decoded into blocks that come and go: their pages are kept.
+        _set(c, _TRIM_THRESHOLD, 2 * _USUAL)
+        _set(c, _MMAP_THRESHOLD, _FOR_GOOD)
     try:
         yield
     finally:
-        _set(c, _MMAP_THRESHOLD, _USUAL)
+        with _lock:
+            _inside.remove(this)
+            if not _inside:
+                _set(c, _MMAP_THRESHOLD, _USUAL)
         with suppress(AttributeError):
             c.malloc_trim(0)
 

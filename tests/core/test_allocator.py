@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from inflora_service import allocator
+from inflora_core import allocator
 
 PROGRAM = """
 import ctypes
-from inflora_service import allocator
+from inflora_core import allocator
 
 class Figures(ctypes.Structure):  # struct mallinfo2 of malloc.h
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -27,6 +27,8 @@ def apart():
     return c.mallinfo2().hblkhd
 
 with allocator.apart():
+    with allocator.apart():
+        pass
     before = apart()
     blocks = [ctypes.c_void_p(c.malloc(size)) for _ in range(count)]
     assert apart() - before >= count * size, "they lie among others"
