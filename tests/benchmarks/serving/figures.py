@@ -107,6 +107,7 @@ def of_soak(found: Mapping[str, Any]) -> dict[str, Any]:
     to the last: what is set up lazily is there by the second."""
     load, memory, turns = found["load"], found["memory"], found["turns"]
     quarter = len(memory) // 4
+    ended_badly = sum(turns.get(state, 0) for state in ("FAILED", "SET_ASIDE", "HELD_BACK"))
 
     def growth(process: str) -> float:
         sizes = [each[process] for each in memory]
@@ -115,7 +116,7 @@ def of_soak(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "soak_seconds": found["seconds"],
         "soak_calls": load["calls"],
-        "soak_failures": load["failed"] + turns.get("FAILED", 0),
+        "soak_failures": load["failed"] + ended_badly,
         "soak_p99": value(load, "p99"),
         "soak_learned": turns.get("PUBLISHED", 0),
         "soak_swaps": turns.get("PUBLISHED", 0) + turns.get("promoted", 0),

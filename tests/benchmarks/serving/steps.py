@@ -280,7 +280,7 @@ def soak(scene: Scene, lengths: Lengths) -> dict[str, Any]:
                 for now in client.watch(task):
                     if over.is_set() and not now.ended:
                         client.cancel(task)
-                turns[now.stage.name] += 1
+                turns[now.state.name] += 1
                 if over.is_set():
                     return
                 newest = client.version().name
