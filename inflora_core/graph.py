@@ -260,7 +260,7 @@ def split(model: bytes | ModelProto) -> tuple[bytes, bytes]:
     """
     proto = _own(model)
     graph = proto.graph
-    cut = next((i for i, node in enumerate(graph.node, 1) if PIXELS in node.output), 0)
+    cut = _behind(graph, PIXELS)
     pixels = [value for value in graph.value_info if value.name == PIXELS]
     if not cut or len(pixels) != 1:
         raise DamagedError(f"the ONNX file has no {PIXELS!r} to be split at")
@@ -383,6 +383,11 @@ def _attention(
     return nodes, one
 
 
+def _behind(graph: GraphProto, value: str) -> int:
+    """Return the place behind the node that makes a value, 0 if there is none."""
+    return next((i for i, node in enumerate(graph.node, 1) if value in node.output), 0)
+
+
 def _permutation(transpose: NodeProto) -> list[int]:
     return next(list(each.ints) for each in transpose.attribute if each.name == "perm")
 
@@ -400,7 +405,7 @@ def halved(classify: bytes) -> bytes:
 
     proto = _parse(classify)
     graph = proto.graph
-    end = next((i for i, node in enumerate(graph.node, 1) if EMBEDDING in node.output), 0)
+    end = _behind(graph, EMBEDDING)
     if not end:
         raise DamagedError(f"the ONNX file has no {EMBEDDING!r}")
     head, outputs = list(graph.node[end:]), list(graph.output)

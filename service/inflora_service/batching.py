@@ -46,7 +46,6 @@ class Batcher:
     def __init__(self, limits: Limits, decoders: int, runs: int) -> None:
         self._limits = limits
         self._turns = Turns(limits, runs)
-        self._runs = runs
         self._waiting: dict[Call, _Waiting] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -62,11 +61,11 @@ class Batcher:
 
         Args:
             most: Images of a run; 1 at first.
-            runs: Runs at a time, no more than there are threads for.
+            runs: Runs at a time, at most as many as there are threads for them.
         """
         with self._lock:
             self._turns.batch = most
-            self._turns.runs = min(runs, self._runs)
+            self._turns.runs = runs
 
     def close(self) -> None:
         """Give all calls up, and end the threads once they are done with what they hold."""
