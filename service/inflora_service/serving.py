@@ -127,7 +127,11 @@ class ModelHost:
         self._swap = asyncio.Lock()
         # One at a time: a version that is being loaded takes several times the memory of its file.
         self._loader = ThreadPoolExecutor(1, "version-load", _step_back(options))
-        self._batcher = Batcher(limits, processors(), max(options.cpu_runs, GPU_RUNS))
+        # Threads of a GPU's runs wait for it.
+        waiting = GPU_RUNS if options.tries_gpu else 0
+        self._batcher = Batcher(
+            limits, max(processors(), options.cpu_runs, 2) + waiting, options.cpu_runs
+        )
         self._batch: int | None = None
 
     async def start(self) -> None:

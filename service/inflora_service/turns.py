@@ -155,8 +155,8 @@ class Turns:
             return call, index, source
         return None
 
-    def prepared(self, call: Call, index: int, outcome: Floats | BaseException) -> bool:
-        """Give an image back; return whether it waits for the model now.
+    def prepared(self, call: Call, index: int, outcome: Floats | BaseException) -> None:
+        """Give an image back.
 
         Args:
             call: Its call.
@@ -170,10 +170,9 @@ class Turns:
             call.ready.append((index, outcome))
             if len(call.ready) == 1:
                 self._to_run.append(call)
-            return True
+            return
         self._decoded -= 1
         self._settle(call)
-        return False
 
     def next_batch(self, now: float) -> list[Prepared]:
         """Take the images that are to be classified next, of one version; empty if there are none.

