@@ -45,7 +45,6 @@ from onnx import (
     TensorProto,
     ValueInfoProto,
     helper,
-    numpy_helper,
 )
 
 from inflora_core.errors import DamagedError, InvalidInputError, UnsupportedBackboneError
@@ -87,7 +86,6 @@ _FIXED_SIDES = {HEAD_WEIGHT: 1, HEAD_BIAS: 0, NOVELTY_WEIGHT: 1, NOVELTY_BIAS: 0
 """Leading sides of an initializer that a version cannot change; the rest grows with the classes."""
 
 _PREPROCESS = "preprocess."
-_OWN_OPERATORS = "com.microsoft"
 _HEAD = "head."
 _MODES = {"bicubic": "cubic", "bilinear": "linear"}
 _RESERVED_KEYS = ("classes", "tasks", "version", "preprocessing", "layers")
@@ -224,7 +222,7 @@ def materialise(
             )
     if taken := set(metadata or ()).intersection(_RESERVED_KEYS):
         raise InvalidInputError(f"metadata key {min(taken)!r} is taken")
-    proto = _own(template)
+    proto = own(template)
     card = read_metadata(proto)
     if tuple(model.layers) != card.layers:
         raise InvalidInputError("the model's layers are not those of the template")
@@ -244,7 +242,7 @@ def materialise(
             "version": str(version),
         },
     )
-    return _serialise(proto)
+    return serialise(proto)
 
 
 def split(model: bytes | ModelProto) -> tuple[bytes, bytes]:
@@ -258,9 +256,9 @@ def split(model: bytes | ModelProto) -> tuple[bytes, bytes]:
     Raises:
         DamagedError: if ``model`` is not a composed file.
     """
-    proto = _own(model)
+    proto = own(model)
     graph = proto.graph
-    cut = _behind(graph, PIXELS)
+    cut = behind(graph, PIXELS)
     pixels = [value for value in graph.value_info if value.name == PIXELS]
     if not cut or len(pixels) != 1:
         raise DamagedError(f"the ONNX file has no {PIXELS!r} to be split at")
@@ -280,148 +278,7 @@ def split(model: bytes | ModelProto) -> tuple[bytes, bytes]:
     # What is left of the parsed file is the second part: weights are not copied again.
     del graph.node[:cut], graph.initializer[:ours], graph.input[:], graph.value_info[:]
     graph.input.extend(pixels)
-    return _serialise(first), _serialise(proto)
-
-
-def attention_fused(classify: bytes) -> bytes:
-    """Return the classify part with each attention as one operator of onnxruntime's own.
-
-    Its answers differ by rounding. What is not attention as timm's plain ViTs have it, softmax of
-    scaled products of queries and keys and nothing between, stays as it is. No weight is looked at.
-
-    Args:
-        classify: It may lack its large initializers.
-
-    Raises:
-        DamagedError: if ``classify`` is not ONNX.
-    """
-    proto = _parse(classify)
-    graph = proto.graph
-    made = {name: node for node in graph.node for name in node.output}
-    used: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            used.setdefault(name, []).append(node)
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    fused: dict[str, NodeProto] = {}
-    gone: set[str] = set()
-    for softmax in [node for node in graph.node if node.op_type == "Softmax"]:
-        attention = _attention(softmax, made, used, constants)
-        if attention is not None:
-            nodes, fused_node = attention
-            fused[nodes[-1].output[0]] = fused_node
-            gone.update(node.output[0] for node in nodes)
-    if not fused:
-        return classify
-    nodes = [
-        fused.get(node.output[0], node)
-        for node in graph.node
-        if node.output[0] in fused or node.output[0] not in gone
-    ]
-    changed = _own(proto)
-    del changed.graph.node[:]
-    changed.graph.node.extend(nodes)
-    changed.opset_import.append(helper.make_opsetid(_OWN_OPERATORS, 1))
-    return _serialise(changed)
-
-
-def _attention(
-    softmax: NodeProto,
-    made: Mapping[str, NodeProto],
-    used: Mapping[str, Sequence[NodeProto]],
-    constants: Mapping[str, TensorProto],
-) -> tuple[list[NodeProto], NodeProto] | None:
-    """Return the nodes of the attention around a softmax, last one last, and one in their place."""
-
-    def before(node: NodeProto, place: int, kind: str) -> NodeProto:
-        found = made[node.input[place]]
-        if found.op_type != kind or len(used[found.output[0]]) != 1:
-            raise LookupError(kind)
-        return found
-
-    def after(node: NodeProto, kind: str) -> NodeProto:
-        (found,) = used[node.output[0]]
-        if found.op_type != kind:
-            raise LookupError(kind)
-        return found
-
-    try:
-        products = before(softmax, 0, "MatMul")
-        weighted = after(softmax, "MatMul")
-        back = after(weighted, "Transpose")
-        joined = after(back, "Reshape")
-        scaled = before(products, 0, "Mul")
-        turned = (
-            before(scaled, 0, "Transpose"),
-            before(products, 1, "Transpose"),
-            before(weighted, 1, "Transpose"),
-        )
-        parted = [before(node, 0, "Reshape") for node in turned]
-        permutations = [_permutation(node) for node in (*turned, back)]
-        scale = numpy_helper.to_array(constants[scaled.input[1]])
-        shapes = [numpy_helper.to_array(constants[node.input[1]]).tolist() for node in parted]
-    except (LookupError, ValueError):
-        return None
-    axis = next((each.i for each in softmax.attribute if each.name == "axis"), -1)
-    if (
-        axis not in (-1, 3)
-        or weighted.input[0] != softmax.output[0]
-        or permutations != [[0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3], [0, 2, 1, 3]]
-        or scale.size != 1
-        or any(len(shape) != 4 or shape[1:3] != shapes[0][1:3] for shape in shapes)
-    ):
-        return None
-    one = helper.make_node(
-        "MultiHeadAttention",
-        [node.input[0] for node in parted],
-        [joined.output[0]],
-        domain=_OWN_OPERATORS,
-        num_heads=int(shapes[0][2]),
-        scale=float(scale.reshape(-1)[0]),
-    )
-    nodes = [*parted, *turned, scaled, products, softmax, weighted, back, joined]
-    return nodes, one
-
-
-def _behind(graph: GraphProto, value: str) -> int:
-    """Return the place behind the node that makes a value, 0 if there is none."""
-    return next((i for i, node in enumerate(graph.node, 1) if value in node.output), 0)
-
-
-def _permutation(transpose: NodeProto) -> list[int]:
-    return next(list(each.ints) for each in transpose.attribute if each.name == "perm")
-
-
-def halved(classify: bytes) -> bytes:
-    """Return the classify part with a backbone of float16; what goes in and out stays float32.
-
-    The head stays as it is: what it adds up over the classes would lose three digits.
-
-    Raises:
-        DamagedError: if ``classify`` has no ``embedding``.
-    """
-    # Takes half a second to import, and hardly anybody needs it.
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    proto = _parse(classify)
-    graph = proto.graph
-    end = _behind(graph, EMBEDDING)
-    if not end:
-        raise DamagedError(f"the ONNX file has no {EMBEDDING!r}")
-    head, outputs = list(graph.node[end:]), list(graph.output)
-    read = {name for node in graph.node[:end] for name in node.input}
-    weights = [tensor for tensor in graph.initializer if tensor.name not in read]
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.node[end:], graph.output[:], graph.initializer[:]
-    graph.initializer.extend(kept)
-    graph.output.extend(value for value in outputs if value.name == EMBEDDING)
-    half = convert_float_to_float16(
-        proto, keep_io_types=[PIXELS, EMBEDDING], disable_shape_infer=True
-    )
-    half.graph.node.extend(head)
-    half.graph.initializer.extend(weights)
-    half.graph.output.extend(value for value in outputs if value.name != EMBEDDING)
-    return _serialise(half)
+    return serialise(first), serialise(proto)
 
 
 def read_metadata(model: bytes | ModelProto) -> ModelCard:
@@ -430,7 +287,7 @@ def read_metadata(model: bytes | ModelProto) -> ModelCard:
     Raises:
         DamagedError: if it is not ONNX, or does not say what ours do.
     """
-    proto = model if isinstance(model, ModelProto) else _parse(model)
+    proto = model if isinstance(model, ModelProto) else parse(model)
     said = {prop.key: prop.value for prop in proto.metadata_props}
     try:
         preprocessing = json.loads(said["preprocessing"])
@@ -576,6 +433,11 @@ class _Nodes:
         return self.prefix + name
 
 
+def behind(graph: GraphProto, value: str) -> int:
+    """Return the place behind the node that makes a value, 0 if there is none."""
+    return next((i for i, node in enumerate(graph.node, 1) if value in node.output), 0)
+
+
 def _check_backbone(backbone: ModelProto, layers: Sequence[str]) -> None:
     domains = {entry.domain: entry.version for entry in backbone.opset_import}
     used = {node.domain for node in backbone.graph.node}
@@ -670,16 +532,21 @@ def _set_metadata(model: ModelProto, metadata: Mapping[str, str]) -> None:
         model.metadata_props.add(key=key, value=metadata[key])
 
 
-def _own(model: bytes | ModelProto) -> ModelProto:
+def own(model: bytes | ModelProto) -> ModelProto:
     """Return ``model`` as a message that may be changed."""
     if not isinstance(model, ModelProto):
-        return _parse(model)
+        return parse(model)
     copy = ModelProto()
     copy.CopyFrom(model)
     return copy
 
 
-def _parse(model: bytes) -> ModelProto:
+def parse(model: bytes) -> ModelProto:
+    """Return a file as a message.
+
+    Raises:
+        DamagedError: if it is not ONNX.
+    """
     proto = ModelProto()
     try:
         proto.ParseFromString(model)
@@ -688,6 +555,7 @@ def _parse(model: bytes) -> ModelProto:
     return proto
 
 
-def _serialise(model: ModelProto) -> bytes:
+def serialise(model: ModelProto) -> bytes:
+    """Return a message as a file; equal ones are equal files."""
     content: bytes = model.SerializeToString(deterministic=True)
     return content

@@ -38,11 +38,10 @@ from inflora_core.graph import (
     OUTPUTS,
     PIXELS,
     ModelCard,
-    attention_fused,
-    halved,
     read_metadata,
     split,
 )
+from inflora_core.passes import attention_fused, first_token, halved
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +83,12 @@ class RuntimeOptions:
     def cpu_runs(self) -> int:
         """Runs that share the threads, at least one thread each."""
         return min(self.runs or self.all_threads, self.all_threads)
+
+    @property
+    def tries_gpu(self) -> bool:
+        """Whether a model is opened on a GPU if that works."""
+        offered = CUDA in ort.get_available_providers()
+        return self.provider == "cuda" or (self.provider == "auto" and offered)
 
 
 @dataclass(frozen=True)
@@ -164,25 +169,23 @@ class Predictor:
             content = model.read_bytes() if isinstance(model, Path) else model
         except OSError as error:
             raise DamagedError(f"the model cannot be read: {error}") from error
-        try:
+        with _telling_damage():
             skeleton, weights = wire.part(content)
             preprocess, classify = split(skeleton)
             card = read_metadata(preprocess)
-            fused = attention_fused(classify)
-        except (DamagedError, MemoryError):
-            raise
-        except Exception as error:
-            # A flipped bit in a name leaves bytes where protobuf promises text.
-            raise DamagedError(f"the ONNX file is damaged: {str(error)[:300]}") from error
+            ranks = wire.ranks(weights)
         if card.version is None or not card.classes or len(card.classes) != len(card.tasks):
             raise DamagedError("the ONNX file is a template or cut short: it has no class table")
         prepare = _open(preprocess, _preprocess_options(session_options(1)), [CPU])
-        offered = CUDA in ort.get_available_providers()
-        if options.provider == "cuda" or (options.provider == "auto" and offered):
-            with _as_file(wire.appended(classify, weights)) as file:
+        if options.tries_gpu:
+            with _telling_damage():
+                sparing = first_token(classify, ranks)
+            with _as_file(wire.appended(sparing, weights)) as file:
                 if on_gpu := _open_cuda(file, card, options):
                     return cls(card, prepare, on_gpu)
-        pieces = wire.appended(fused, weights)
+        with _telling_damage():
+            sparing = first_token(attention_fused(classify), ranks)
+        pieces = wire.appended(sparing, weights)
         with _as_file(pieces) as file:
             threads = options.all_threads // options.cpu_runs
             runner = _open(file, session_options(threads), [CPU])
@@ -478,6 +481,18 @@ def _open(
         raise
     except Exception as error:
         raise DamagedError(f"onnxruntime does not take the model: {str(error)[:300]}") from error
+
+
+@contextlib.contextmanager
+def _telling_damage() -> Iterator[None]:
+    """Turn what parts of a damaged file make of each other into an error that says so."""
+    try:
+        yield
+    except (DamagedError, MemoryError):
+        raise
+    except Exception as error:
+        # A flipped bit in a name leaves bytes where protobuf promises text.
+        raise DamagedError(f"the ONNX file is damaged: {str(error)[:300]}") from error
 
 
 NO_MEMORY = re.compile(

@@ -16,6 +16,8 @@ _GRAPH = 7
 """Field of ``ModelProto``."""
 _INITIALIZER = 5
 """Field of ``GraphProto``."""
+_DIMS, _NAME = 1, 8
+"""Fields of ``TensorProto``."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED = {_FIXED64: 8, _FIXED32: 4}
@@ -55,6 +57,21 @@ def appended(model: bytes, initializers: list[memoryview]) -> list[bytes | memor
     protobuf's specification asks for where a field that is not repeated occurs again.
     """
     return [model, _tag(_GRAPH, sum(map(len, initializers))), *initializers]
+
+
+def ranks(initializers: list[memoryview]) -> dict[str, int]:
+    """Return how many sides each of the initializers of ``part`` has, by its name."""
+    found: dict[str, int] = {}
+    for initializer in initializers:
+        ((_, _, tensor),) = _fields(initializer)
+        name, sides = "", 0
+        for number, _, content in _fields(tensor):
+            if number == _NAME:
+                name = str(content, "utf-8")
+            elif number == _DIMS:  # one in each field, or all of them packed in one
+                sides += sum(byte < 0x80 for byte in content) if content else 1
+        found[name] = sides
+    return found
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:

@@ -25,9 +25,9 @@ from inflora_core.graph import (
     LOGITS,
     OUTPUTS,
     PIXELS,
-    halved,
     split,
 )
+from inflora_core.passes import halved
 from inflora_core.predictor import CPU, session_options
 from tests.core.test_predictor import CLASSES as ENTRIES
 from tests.core.test_predictor import SIZE, version

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from inflora_core import export, graph
+from inflora_core import export, graph, passes, wire
 from inflora_core.backbone import (
     Backbone,
     build_backbone,
@@ -136,7 +136,7 @@ NOT_FUSED = {"qk-norm", "dinov3", "rope-mixed"}
 def test_attention_in_one_operator_answers_alike(family: str) -> None:
     backbone, template = export_family(family)
     _, classify = graph.split(graph.materialise(template, learned(backbone, 4), 1))
-    fused = graph.attention_fused(classify)
+    fused = passes.attention_fused(classify)
     kinds = [node.op_type for node in onnx.load_from_string(fused).graph.node]
     if family in NOT_FUSED:
         assert fused == classify
@@ -181,10 +181,102 @@ def test_what_only_looks_like_attention_stays(
         if node.op_type == kind and (kind != "Transpose" or len(node.attribute[0].ints) == 4)
     )
     change(node)
-    fused = onnx.load_from_string(graph.attention_fused(model.SerializeToString())).graph.node
+    fused = onnx.load_from_string(passes.attention_fused(model.SerializeToString())).graph.node
     kinds = [node.op_type for node in fused]
     assert kinds.count("MultiHeadAttention") == len(backbone.config.layers) - 1
     assert node in list(fused)
+
+
+ALL_TOKENS = {"registers-avg-pool", "deit-distilled", "eva", "dinov3"}
+"""Families whose embedding is not the first token."""
+
+
+def _large_apart(classify: bytes) -> tuple[bytes, dict[str, int], list[memoryview]]:
+    rest, large = wire.part(classify)
+    return rest, wire.ranks(large), large
+
+
+@pytest.mark.parametrize("fuse", [passes.attention_fused, lambda classify: classify])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_tokens_that_nobody_looks_at_answers_are_alike(
+    family: str, fuse: Callable[[bytes], bytes]
+) -> None:
+    backbone, template = export_family(family)
+    _, classify = graph.split(graph.materialise(template, learned(backbone, 4), 1))
+    rest, ranks, large = _large_apart(classify)
+    rest = fuse(rest)
+    sparing = passes.first_token(rest, ranks)
+    if family in ALL_TOKENS:
+        assert sparing == rest
+        return
+    kinds = [node.op_type for node in onnx.load_from_string(sparing).graph.node]
+    before = [node.op_type for node in onnx.load_from_string(rest).graph.node]
+    assert kinds.count("Gather") > before.count("Gather")
+    images = [noise(40, 50, 3, seed=i) for i in range(3)]
+    feeds = {graph.PIXELS: pixels_of(backbone, images).numpy()}
+    for ours, theirs in zip(
+        session(b"".join(wire.appended(sparing, large))).run(list(graph.OUTPUTS), feeds),
+        session(classify).run(list(graph.OUTPUTS), feeds),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_the_last_blocks_mlp_and_queries_are_those_of_one_token(vit: Exported) -> None:
+    backbone, template = vit
+    _, classify = graph.split(graph.materialise(template, learned(backbone, 4), 1))
+    rest, ranks, _ = _large_apart(classify)
+    nodes = onnx.load_from_string(
+        passes.first_token(passes.attention_fused(rest), ranks)
+    ).graph.node
+    at = [place for place, node in enumerate(nodes) if node.output[0].endswith(".first")]
+    assert len(at) == 2  # what goes around the last block's attention, and what goes into it
+    behind = [node.op_type for node in nodes[at[-1] :]]
+    assert behind.count("MatMul") == 6  # queries, keys, values, projection, and two of the MLP
+    queries = next(node for node in nodes[at[-1] :] if node.op_type == "MatMul")
+    assert queries.input[0] == nodes[at[-1]].output[0]
+
+
+def _second(model: onnx.ModelProto, pooling: onnx.NodeProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "second"))
+    pooling.input[1] = "second"
+
+
+def _seen(model: onnx.ModelProto, pooling: onnx.NodeProto) -> None:
+    model.graph.output.append(helper.make_tensor_value_info(pooling.input[0], 1, None))
+
+
+def _per_token(model: onnx.ModelProto, pooling: onnx.NodeProto) -> None:
+    shift = np.ones((1, 1, 1), np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(shift, "shift"))
+    place = list(model.graph.node).index(pooling)
+    model.graph.node.insert(
+        place, helper.make_node("Add", [pooling.input[0], "shift"], ["shifted"])
+    )
+    model.graph.node[place + 1].input[0] = "shifted"
+
+
+@pytest.mark.parametrize("change", [_second, _seen, _per_token])
+def test_what_only_looks_like_a_first_token_stays(
+    vit: Exported, change: Callable[[onnx.ModelProto, onnx.NodeProto], None]
+) -> None:
+    """Another token, one that somebody looks at, and a sum with what may differ between tokens."""
+    backbone, template = vit
+    _, classify = graph.split(graph.materialise(template, learned(backbone, 4), 1))
+    rest, ranks, _ = _large_apart(classify)
+    model = onnx.load_from_string(rest)
+    change(model, next(node for node in model.graph.node if graph.EMBEDDING in node.output))
+    changed = model.SerializeToString()
+    assert passes.first_token(changed, ranks) == changed
+
+
+def test_weights_that_nothing_is_known_of_keep_all_tokens(vit: Exported) -> None:
+    backbone, template = vit
+    _, classify = graph.split(graph.materialise(template, learned(backbone, 4), 1))
+    model = onnx.load_from_string(classify)
+    del model.graph.initializer[:]
+    classify = model.SerializeToString()
+    assert passes.first_token(classify, {}) == classify
 
 
 @pytest.mark.parametrize("batch", [1, 3])

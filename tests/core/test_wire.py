@@ -55,6 +55,31 @@ def test_nothing_is_lost_or_changed(model: ModelProto) -> None:
     assert again == model
 
 
+@given(st.lists(st.lists(st.integers(1, 300), max_size=4), max_size=4), st.booleans())
+def test_sides_are_counted_however_they_are_encoded(shapes: list[list[int]], packed: bool) -> None:
+    tensors = []
+    for number, shape in enumerate(shapes):
+        encoded = TensorProto(name=f"weight {number}", raw_data=b"x" * 5000).SerializeToString()
+        if packed and shape:
+            sides = b"".join(map(varint, shape))
+            encoded += b"\x0a" + varint(len(sides)) + sides
+        else:
+            encoded += TensorProto(dims=shape).SerializeToString()
+        assert list(TensorProto.FromString(encoded).dims) == shape
+        tensors.append(memoryview(b"\x2a" + varint(len(encoded)) + encoded))
+    expected = {f"weight {number}": len(shape) for number, shape in enumerate(shapes)}
+    assert wire.ranks(tensors) == expected
+
+
+def varint(value: int) -> bytes:
+    """As protobuf encodes a number."""
+    head = bytearray()
+    while value > 0x7F:
+        head.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes(head) + bytes([value])
+
+
 @given(models(), st.data())
 def test_what_is_cut_short_is_found_or_protobuf_takes_it_too(
     model: ModelProto, data: st.DataObject
