@@ -53,6 +53,7 @@ class TestCells:
             "A/whole": [{"8": load(50.0, 0.005, 0.060)}],
             "B/split": [{"error": "no wheel"}],
         }
+        rounds["A/split"].append({"error": "its port was taken"})
         found = figures.cells(rounds, [8])
         assert [cell["best_peer"] for cell in found] == ["A/split", "A/whole", "A/split"]
         assert [cell["ratio"] for cell in found] == pytest.approx([100 / 102, 0.5, 2 / 3])
@@ -81,6 +82,11 @@ class TestCells:
         rounds = {"ours": [{"1": load(1.0)}], "A": [{"1": silent}]}
         found = figures.cells(rounds, [1])
         assert figures.compared(found)["cells_first"] == 3
+
+    def test_failed_calls_are_told(self) -> None:
+        failing = {"throughput": 1.0, "latency": None, "failed": 7}
+        rounds = {"ours": [{"1": load(1.0)}], "A": [{"1": failing}, {"error": "no port"}]}
+        assert figures.failures(rounds, [1]) == {"ours": 0, "A": 7}
 
     def test_without_peers_nothing_is_won(self) -> None:
         found = figures.cells({"ours": [{"1": load(1.0)}]}, [1])

@@ -44,8 +44,14 @@ def main() -> None:
     machine = scene.machine()
     record = Record(
         options.out / ("smoke.jsonl" if options.smoke else "results.jsonl"),
-        {"code": scene.code(), "threads": stage.threads},
-        {"commit": commit(), "machine": machine},
+        {
+            "code": scene.code(),
+            "threads": stage.threads,
+            "seconds": lengths.seconds,
+            "warm_up": lengths.warm_up,
+            "machine": machine,
+        },
+        {"commit": commit()},
     )
     run: dict[str, Callable[[], Figures]] = {
         "bare": lambda: bare(record, stage, lengths, rounds),
@@ -88,14 +94,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def bare(record: Record, stage: scene.Scene, lengths: steps.Lengths, rounds: int) -> Figures:
-    """Our server against a bare loop: they take turns, and who is first."""
-    clients = (1, *BARE_CONCURRENCY)
-    measures: dict[str, Callable[[], Figures]] = {
-        "bare": lambda: steps.bare(stage, lengths),
-        figures.OURS: lambda: steps.ours(stage, lengths, clients),
-    }
-    found = in_turn(record, "bare", measures, lengths, rounds)
-    return figures.against_bare(found["bare"], found[figures.OURS], BARE_CONCURRENCY)
+    """Our server against a bare loop."""
+    slices = []
+    for number in range(rounds):
+        key = {"part": "bare", "round": number}
+        measured = record.take(
+            key, lambda: steps.beside_bare(stage, lengths, (1, *BARE_CONCURRENCY))
+        )
+        slices += measured["slices"]
+    loop, ours = ([each[who] for each in slices] for who in ("bare", "ours"))
+    return figures.against_bare(loop, ours, BARE_CONCURRENCY)
 
 
 def against_peers(
@@ -127,6 +135,7 @@ def against_peers(
         **figures.compared(cells),
         "cells_of": cells,
         "peer_errors": errors,
+        "failed_calls": figures.failures(found, PEER_CONCURRENCY),
         "top1_agreement": figures.agreement(found),
         "table": figures.table(cells, errors, settings),
     }
@@ -145,20 +154,14 @@ def in_turn(
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            key = {
-                "part": part,
-                "round": number,
-                "contender": name,
-                "seconds": lengths.seconds,
-                "warm_up": lengths.warm_up,
-            }
+            key = {"part": part, "round": number, "contender": name}
             found[name].append(record.take(key, measures[name]))
     return found
 
 
 def swaps(record: Record, stage: scene.Scene, lengths: steps.Lengths) -> Figures:
     """Versions that change under load."""
-    key = {"part": "swaps", "swaps": lengths.swaps, "seconds": lengths.seconds}
+    key = {"part": "swaps", "swaps": lengths.swaps}
     return figures.of_swaps(record.take(key, lambda: steps.swaps(stage, lengths)))
 
 
@@ -166,7 +169,7 @@ def learning(record: Record, stage: scene.Scene, lengths: steps.Lengths, rounds:
     """Predictions while a task is learned."""
     found = [
         record.take(
-            {"part": "learning", "round": number, "seconds": lengths.seconds},
+            {"part": "learning", "round": number},
             lambda: steps.learning(stage, lengths),
         )
         for number in range(rounds)

@@ -25,7 +25,7 @@ def value(report: Mapping[str, Any], metric: str) -> float:
 
 def against_bare(bare: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]],
                  concurrency: Sequence[int]) -> dict[str, Any]:  # fmt: skip
-    """Compare with the bare loop: medians over rounds of the ratios within each."""
+    """Compare with the bare loop: medians over slices of the ratios within each."""
     pairs = list(zip(bare, ours, strict=True))
     latency = median(value(o["1"], "p50") / value(b["1"], "p50") for b, o in pairs)
     throughput = {
@@ -45,15 +45,16 @@ def cells(rounds: Rounds, concurrency: Sequence[int]) -> list[dict[str, Any]]:
     """Return each cell with the median of every contender, and how ours compares.
 
     A contender is called ``name`` or ``name/layout``. Of those that are not ours, the best counts.
-    ``ratio`` is above 1 where ours is better than that.
+    ``ratio`` is above 1 where ours is better than that. Rounds in which one could not be measured
+    do not count for it.
     """
     found = []
     for clients in concurrency:
         for metric in METRICS:
             values = {
-                name: median(value(each[str(clients)], metric) for each in measured)
+                name: median(value(each[str(clients)], metric) for each in worked)
                 for name, measured in rounds.items()
-                if measured and not any("error" in each for each in measured)
+                if (worked := [each for each in measured if "error" not in each])
             }
             others = {name: each for name, each in values.items() if name != OURS}
             cell = {"concurrency": clients, "metric": metric, "values": values}
@@ -74,6 +75,19 @@ def compared(found: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         "cells": len(found),
         "cells_first": sum(ratio >= 1 for ratio in ratios),
         "cells_within_3_percent": sum(ratio >= 0.97 for ratio in ratios),
+    }
+
+
+def failures(rounds: Rounds, concurrency: Sequence[int]) -> dict[str, int]:
+    """Return how many calls of each contender failed: latencies are of the others."""
+    return {
+        name: sum(
+            each[str(clients)]["failed"]
+            for each in measured
+            if "error" not in each
+            for clients in concurrency
+        )
+        for name, measured in rounds.items()
     }
 
 

@@ -63,6 +63,23 @@ class Lengths:
         return 3 * self.seconds
 
 
+SLICES = 4
+"""Pieces that a load is cut into where two are compared closely: machines that are shared are a
+fifth faster or slower from one minute to the next."""
+
+
+def beside_bare(scene: Scene, lengths: Lengths, concurrency: Sequence[int]) -> dict[str, Any]:
+    """Let the bare loop and our server take turns, a slice of each load at a time."""
+    short = dataclasses.replace(lengths, seconds=lengths.seconds / SLICES)
+    slices = []
+    with scene.server() as server:
+        calls = bench.PredictCalls(server.address, QUESTION, scene.images())
+        for _ in range(SLICES):
+            loop = {"1": bare(scene, short)}
+            slices.append({"bare": loop, "ours": asyncio.run(sweep(calls, concurrency, short))})
+    return {"slices": slices}
+
+
 def bare(scene: Scene, lengths: Lengths) -> dict[str, Any]:
     """Run the bare loop."""
     arguments = [scene.model, scene.folder / "images", lengths.seconds, lengths.warm_up]
@@ -71,7 +88,7 @@ def bare(scene: Scene, lengths: Lengths) -> dict[str, Any]:
         [*command, *map(str, arguments), str(scene.threads)],
         capture_output=True, text=True, check=True, cwd=ROOT, start_new_session=True,
     )  # fmt: skip
-    return {"1": without_curve(json.loads(result.stdout))}
+    return without_curve(json.loads(result.stdout))
 
 
 def ours(
@@ -199,10 +216,14 @@ def swaps(
 
 def resident(pid: int) -> int:
     """Return the bytes of memory that a process has, without what it shares with files."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"process {pid} has no memory")
+    sizes = [
+        int(line.split()[1]) * 1024
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith(("RssAnon", "RssShmem"))
+    ]
+    if not sizes:
+        raise LookupError(f"process {pid} has no memory")
+    return sum(sizes)
 
 
 def learning(scene: Scene, lengths: Lengths) -> dict[str, Any]:
