@@ -9,6 +9,7 @@ much again as it used.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,9 @@ def apart() -> Iterator[None]:
     It holds for all threads, so those that answer calls are a little slower for as long. Elsewhere
     than with glibc, nothing is different.
     """
+    if os.name != "posix":
+        yield
+        return
     c, this = ctypes.CDLL(None), object()
     with _lock:
         _inside.add(this)

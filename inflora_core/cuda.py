@@ -11,8 +11,8 @@ one answers; and onnxruntime keeps recordings for the thread that made them.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,8 +58,8 @@ class BoundSession:
         self._device = device
         self._most = most
         self._slots: dict[int, _Slot] = {}
-        # The slots go first: they are of the session.
-        weakref.finalize(self, _release, self._slots, self._held).atexit = False
+        # It may be collected anywhere, also within a lock that handing work to a thread takes.
+        weakref.finalize(self, _unused.append, (self._slots, self._held)).atexit = False
 
     def run(
         self, names: Sequence[str], feeds: Mapping[str, NDArray[np.float32]]
@@ -83,6 +83,10 @@ class BoundSession:
         return list(self._held[0].get_outputs())
 
     def _run(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        while _unused:
+            slots, held = _unused.popleft()
+            slots.clear()  # first: they are of the session
+            held.clear()
         size = 1 << (len(inputs) - 1).bit_length()
         slot = self._slots.get(size)
         if slot is None:
@@ -117,13 +121,8 @@ class BoundSession:
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self._device, 0)
 
 
-def _release(slots: dict[int, _Slot], held: list[ort.InferenceSession]) -> None:
-    def release() -> None:
-        slots.clear()
-        held.clear()
-
-    with contextlib.suppress(RuntimeError):  # the process ends
-        _thread().submit(release)
+_unused: deque[tuple[dict[int, _Slot], list[ort.InferenceSession]]] = deque()
+"""Of sessions that nobody holds any more; the next run ends them."""
 
 
 @cache

@@ -198,7 +198,9 @@ def _tokens(
         elif node.op_type in ("Concat", "Gelu", "LayerNormalization", "Sigmoid"):
             sure = any(name in found for name in node.input)
         elif node.op_type in ("Add", "MatMul", "Mul"):
-            sure = any(name in found for name in node.input) and max(operands) <= 3
+            # A product with a vector has a side less.
+            vector = node.op_type == "MatMul" and min(operands) < 2
+            sure = any(name in found for name in node.input) and max(operands) <= 3 and not vector
         else:
             sure = node.op_type == "MultiHeadAttention"
         if sure:

@@ -13,15 +13,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from inflora_core.config import Limits
+from inflora_core.errors import InfloraError, UnavailableError
 from inflora_core.images import decode
 from inflora_core.predictor import Answers, Floats, Predictor
 from inflora_service.turns import FOREVER, Call, Image, Prepared, Source, Turns
@@ -123,6 +126,8 @@ class Batcher:
     async def _answer(self, call: Call, finish: Callable[[Answers], T]) -> T:
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._changed:
+            if self._closed:
+                raise UnavailableError("the server is stopping")
             self._turns.enter(call, time.monotonic())
             self._waiting[call] = _Waiting(call, finish, done)
             self._changed.notify(call.left)
@@ -136,6 +141,7 @@ class Batcher:
                     self._changed.notify_all()
             if done.done() and not done.cancelled():
                 done.exception()  # looked at, should both it and a cancellation have come
+            del call, done  # an error that comes from here holds this frame, and they the error
 
     def _work(self) -> None:
         # A turn's variables end with it: those of a thread that waits would keep a version in
@@ -156,6 +162,8 @@ class Batcher:
                     return False
                 self._changed.wait()
             alone = self._turns.is_alone(batch) if batch else self._turns.images == 1
+            settled = self._settled()
+        _tell(settled)
         if batch:
             self._run(batch, alone)
         elif image:
@@ -163,30 +171,30 @@ class Batcher:
         return True
 
     def _decode(self, call: Call, index: int, source: Source, alone: bool) -> None:
-        outcome: Floats | Exception
-        try:
-            if isinstance(source, bytes):
-                source = decode(source, self._limits, field=f"images[{index}]")
+        def prepare() -> Floats:
+            pixels = source
+            if isinstance(pixels, bytes):
+                pixels = decode(pixels, self._limits, field=f"images[{index}]")
             # Down to the model's size at once: hundreds of decoded photos would fill the memory.
-            outcome = call.predictor.preprocess(source, alone=alone)
-        except Exception as error:
-            outcome = error
+            return call.predictor.preprocess(pixels, alone=alone)
+
+        outcome = _attempt(prepare)
         with self._changed:
             self._turns.prepared(call, index, outcome)
             settled = self._settled()
         _tell(settled)
 
     def _run(self, batch: Sequence[Prepared], alone: bool) -> None:
-        began = time.monotonic()
-        outcome: Answers | Exception
-        try:
+        def classify() -> Answers:
             pixels = np.concatenate([each for _, _, each in batch])
-            outcome = batch[0][0].predictor.classify(pixels, alone=alone)
-        except Exception as error:
-            outcome = error
+            return batch[0][0].predictor.classify(pixels, alone=alone)
+
+        began = time.monotonic()
+        outcome = _attempt(classify)
         with self._changed:
             self._turns.classified(batch, outcome, began, time.monotonic())
-            self._changed.notify(len(batch))  # so many more may be decoded
+            if self._turns.waiting:
+                self._changed.notify(len(batch))  # so many more may be decoded
             settled = self._settled()
         _tell(settled)
 
@@ -200,21 +208,35 @@ class Batcher:
 def _tell(settled: Sequence[_Waiting]) -> None:
     """Tell those who wait for calls how they ended."""
     for waiting in settled:
-        result, error = None, waiting.call.fault and waiting.call.fault[1]
-        if error is None:
-            try:
-                answers = waiting.call.answers
-                result = waiting.finish(Answers.joined(answers[i] for i in sorted(answers)))
-            except Exception as raised:
-                error = raised
+        call, finish = waiting.call, waiting.finish
+        outcome = call.fault[1] if call.fault else _attempt(partial(_finish, call, finish))
         with suppress(RuntimeError):  # the loop is closed
-            waiting.done.get_loop().call_soon_threadsafe(_resolve, waiting.done, result, error)
+            waiting.done.get_loop().call_soon_threadsafe(_resolve, waiting.done, outcome)
 
 
-def _resolve(done: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+def _finish(call: Call, finish: Callable[[Answers], T]) -> T:
+    return finish(Answers.joined(call.answers[index] for index in sorted(call.answers)))
+
+
+def _resolve(done: asyncio.Future[Any], outcome: object) -> None:
     if done.done():
         return  # given up
-    if error is None:
-        done.set_result(result)
+    if isinstance(outcome, BaseException):
+        done.set_exception(outcome)
     else:
-        done.set_exception(error)
+        done.set_result(outcome)
+
+
+def _attempt(work: Callable[[], T]) -> T | Exception:
+    """Return what ``work`` returns, or its error with its traceback as a note.
+
+    A traceback has frames, which hold the call and its version, and the call holds the error: a
+    version with a call that failed would stay in memory long after it was swapped.
+    """
+    try:
+        return work()
+    except Exception as error:
+        if not isinstance(error, InfloraError):
+            error.add_note("".join(traceback.format_exception(error)))
+        error.__cause__ = error.__context__ = None  # they have tracebacks, too
+        return error.with_traceback(None)

@@ -107,8 +107,9 @@ def fields_under(prefix: str, **renamed: str) -> Iterator[None]:
         if not error.field:
             raise
         field = prefix + renamed.get(error.field, error.field)
-        # Not changed in place: several calls can wait for, and get, one and the same error.
-        raise type(error)(error.message, field=field) from error
+        # Not changed in place: several calls can wait for, and get, one and the same error. Its
+        # traceback would hold this context's frames, which hold the error: see ``_abort_with``.
+        raise type(error)(error.message, field=field) from error.with_traceback(None)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -154,7 +155,9 @@ def _guard_unary(behaviour: Callable[..., Any]) -> Callable[[Any, Context], Awai
         try:
             return await behaviour(request, context)
         except Exception as error:
-            await _abort(context, error)
+            status = _status_of(error)
+        del request
+        return await _abort_with(context, status)
 
     return answer
 
@@ -166,19 +169,24 @@ def _guard_stream(behaviour: Callable[..., Any]) -> Callable[[Any, Context], Asy
             async with contextlib.aclosing(behaviour(request, context)) as responses:
                 async for response in responses:
                     yield response
+            return
         except Exception as error:
-            await _abort(context, error)
+            status = _status_of(error)
+        del request
+        await _abort_with(context, status)
 
     return answers
 
 
-async def _abort(context: Context, error: Exception) -> Never:
+def _status_of(error: Exception) -> status_pb2.Status:
     if isinstance(error, grpc.aio.BaseError):
         raise error  # grpc's own business, for example that the client is gone
-    await _abort_with(context, to_status(from_exception(error)))
+    return to_status(from_exception(error))
 
 
 async def _abort_with(context: Context, status: status_pb2.Status) -> Never:
+    # Not while an error is handled, and not holding a request: grpc keeps the exception that ends
+    # the call, its context and its frames until Python happens to look for cycles.
     answer = rpc_status.to_status(status)
     await context.abort(answer.code, answer.details, answer.trailing_metadata)
 

@@ -491,8 +491,10 @@ class ModelHost:
             StateError: no version is published.
             NotFoundError: there is no such version.
             DamagedError: the version is damaged.
+            LimitExceededError: too many others are waiting to be loaded.
         """
         if number is not None:
+            self._check_loading(number)
             return await self._get(number)
         if self._current is None:
             if self._fault is not None:
@@ -533,6 +535,16 @@ class ModelHost:
             finish: Is called in a thread.
         """
         return await self._batcher.classify_in_bulk(loaded.predictor, pixels, finish)
+
+    def _check_loading(self, number: int) -> None:
+        """Refuse to load one more version for a caller: the next one to be promoted would wait."""
+        known = self.is_current(number) or number in self._pinned or number in self._loading
+        if not known and len(self._loading) >= PINNED_VERSIONS:
+            raise LimitExceededError(
+                f"the server is busy: {len(self._loading)} versions are waiting to be loaded: "
+                "retry later",
+                field="version",
+            )
 
     async def _get(self, number: int) -> Loaded:
         """Return version ``number``, loaded now if it is not."""
@@ -624,9 +636,10 @@ def _step_back(options: RuntimeOptions) -> Callable[[], None]:
         with suppress(AttributeError, OSError):  # elsewhere than on Linux, threads cannot
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICE)
 
-    # A run's threads inherit it from who opens the session, and cannot get rid of it.
-    one_each = options.cpu_runs == options.all_threads
-    return step_back if one_each else lambda: None
+    # Threads inherit it from who starts them, and cannot get rid of it: those of a session with
+    # several threads, and the one that launches all runs on a GPU.
+    starts_none = options.cpu_runs == options.all_threads and not options.tries_gpu
+    return step_back if starts_none else lambda: None
 
 
 def check_count(count: int, limits: Limits, *, field: str) -> None:

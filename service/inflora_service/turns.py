@@ -29,8 +29,9 @@ _NEWEST = 0.2
 """Weight of the newest measurement in an average."""
 
 _DOUBT = 0.8
-"""What averages are multiplied by when a call was refused because of them: else one that a stall
-made long could refuse all calls for good, and nothing would be measured that corrects it."""
+"""What averages are multiplied by once there is nothing to do after a call was refused because of
+them: else one that a stall made long could refuse calls for good, and nothing would be measured
+that corrects it."""
 
 
 Source: TypeAlias = bytes | NDArray[np.uint8]
@@ -107,6 +108,11 @@ class Turns:
     def images(self) -> int:
         """Images without an answer."""
         return sum(call.left for call in self.calls)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an image is in nobody's hands."""
+        return bool(self._to_decode or self._to_run)
 
     @property
     def idle(self) -> bool:
@@ -256,7 +262,7 @@ class Turns:
         needed = self._pace.until(before + call.left) if before else 0.0
         if needed < left:
             return
-        self._pace.doubt()
+        self._pace.doubted = True
         raise DeadlineError(
             f"{before} images come first, which takes about {needed:.3f} s with it, and "
             f"{max(left, 0.0):.3f} s are left: retry later, or allow more time"
@@ -267,7 +273,8 @@ class Turns:
         needed = self._pace.until(1) if len(self.calls) > 1 else 0.0
         if now + needed < call.deadline:
             return False
-        self._pace.doubt()
+        if now < call.deadline:
+            self._pace.doubted = True
         self._fail(call, -1, DeadlineError("others came first, and not enough time is left"))
         self._settle(call)
         return True
@@ -303,11 +310,13 @@ class _Pace:
         run: Seconds of a run.
         image: Seconds from one image to the next while there is always another one.
         last: When the last run ended, if there were others by then.
+        doubted: Whether a call was refused because of them.
     """
 
     run: float = 0.0
     image: float = 0.0
     last: float | None = None
+    doubted: bool = False
 
     def until(self, images: int) -> float:
         """Return the seconds until that many images are answered."""
@@ -322,10 +331,10 @@ class _Pace:
     def pause(self) -> None:
         """Note that there is nothing to do: the time until the next run says nothing."""
         self.last = None
-
-    def doubt(self) -> None:
-        self.run *= _DOUBT
-        self.image *= _DOUBT
+        if self.doubted:
+            self.run *= _DOUBT
+            self.image *= _DOUBT
+            self.doubted = False
 
 
 def _in_bulk(batch: Sequence[Prepared]) -> bool:

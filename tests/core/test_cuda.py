@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,15 +96,26 @@ def test_threads_never_see_each_others_answers(plain: ort.InferenceSession, boun
         )
 
 
-def test_what_is_let_go_is_let_go_where_it_ran():
+def test_what_is_let_go_goes_where_it_ran_before_the_next_run(bound: BoundSession):
     session = opened(split(version(3, ENTRIES))[1])
-    bound = BoundSession(session, {CLASSES: len(ENTRIES)}, device="cpu")
+    other = BoundSession(session, {CLASSES: len(ENTRIES)}, device="cpu")
+    other.run([LOGITS], {PIXELS: noise(1)})
+    gone: list[str] = []
+    weakref.finalize(session, lambda: gone.append(threading.current_thread().name))
+    del session, other
+    assert not gone
     bound.run([LOGITS], {PIXELS: noise(1)})
-    gone = weakref.ref(session)
-    del session, bound
-    gc.collect()
-    cuda._thread().submit(lambda: None).result()  # what came before it is done
-    assert gone() is None
+    assert gone == ["cuda_0"]
+
+
+def test_what_is_let_go_within_the_pools_lock_holds_nothing_up(bound: BoundSession):
+    """A collection can begin anywhere: so it did while a run was handed over, which hung."""
+    session = opened(split(version(3, ENTRIES))[1])
+    other = BoundSession(session, {CLASSES: len(ENTRIES)}, device="cpu")
+    del session
+    with cuda._thread()._shutdown_lock:
+        del other
+    assert len(bound.run([LOGITS], {PIXELS: noise(1)})[0]) == 1
 
 
 def test_half_the_precision_is_nearly_the_same(plain: ort.InferenceSession):

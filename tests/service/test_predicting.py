@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import logging
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from inflora.v1 import predictor_service_pb2 as pb
+from inflora_core.errors import UnavailableError
 from inflora_service import serving
 from inflora_service.predictor_servicer import STREAM_AHEAD
 from inflora_service.server import Settings
@@ -38,6 +40,10 @@ async def predict(running: Running, *images: bytes, **fields: Any) -> pb.Predict
     request = pb.PredictRequest(images=images, **fields)
     response: pb.PredictResponse = await running.predictor.Predict(request)
     return response
+
+
+def broken(*_: object, **__: object) -> None:
+    raise RuntimeError("onnxruntime is out of sorts")
 
 
 def best(response: pb.PredictResponse) -> list[str]:
@@ -296,9 +302,6 @@ async def test_what_cannot_be_in_time_is_refused_early(
 async def test_a_model_that_fails_fails_its_calls_alone(
     narrow: Running, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("onnxruntime is out of sorts")
-
     with monkeypatch.context() as patch:
         patch.setattr(serving.Predictor, "classify", broken)
         for _ in range(3):
@@ -336,11 +339,87 @@ async def test_an_old_version_leaves_the_memory_with_its_last_call(
     assert old() is None
 
 
-@pytest.mark.skipif(not hasattr(os, "setpriority"), reason="needs priorities")
-@pytest.mark.parametrize(("runs", "nicer"), [(0, True), (2, True), (1, False)])
-async def test_loading_gives_way_where_no_run_inherits_it(
-    start: Callable[..., Any], settings: Settings, runs: int, nicer: bool
+async def test_a_call_that_failed_keeps_no_version_in_memory(
+    running: Running,
+    watched: Watched,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Nor its images, until Python happens to look for cycles."""
+    caplog.set_level(logging.CRITICAL + 1, "inflora_service.errors")  # pytest keeps what is logged
+    host = running.server.host
+    old = weakref.ref((await host.answering(None)).predictor)
+    gc.collect()
+    gc.disable()
+    try:
+        with fails("INVALID_ARGUMENT", "INVALID_IMAGE", "images[0]"):
+            await predict(running, b"no image")
+        with monkeypatch.context() as patch:
+            patch.setattr(serving.Predictor, "preprocess", broken)
+            with fails("INTERNAL", "INTERNAL"):
+                await predict(running, png(RED))
+        with monkeypatch.context() as patch:
+            patch.setattr(serving.Predictor, "classify", broken)
+            with fails("INTERNAL", "INTERNAL"):
+                await predict(running, png(RED))
+        with monkeypatch.context() as patch:
+            patch.setattr(serving, "top_classes", broken)
+            with fails("INTERNAL", "INTERNAL"):
+                await predict(running, png(RED))
+        await host.promote(1, "a test")
+        await predict(running, png(RED))
+        await watched.until(lambda: watched.idle)
+        assert old() is None
+    finally:
+        gc.enable()
+
+
+async def test_a_promotion_never_waits_behind_many_versions(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "PINNED_VERSIONS", 1)
+    host, begun, go_on = running.server.host, threading.Event(), threading.Event()
+    load = host._load
+
+    def held(number: int) -> serving.Loaded:
+        begun.set()
+        assert go_on.wait(60)
+        return load(number)
+
+    monkeypatch.setattr(host, "_load", held)
+    first = asyncio.create_task(predict(running, png(), version="models/default/versions/1"))
+    assert await asyncio.to_thread(begun.wait, 60)
+    with fails("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED", "version"):
+        await predict(running, png(), version="models/default/versions/2")
+    promotion = asyncio.create_task(host.promote(2, "a test"))
+    go_on.set()
+    assert (await first).version == "models/default/versions/1"
+    assert (await promotion).number == 2
+
+
+async def test_a_call_after_the_end_is_refused(running: Running) -> None:
+    host = running.server.host
+    loaded = await host.answering(None)
+    host.close()
+    with pytest.raises(UnavailableError, match="stopping"):
+        await host.classify(loaded, [png()], lambda answers: answers)
+
+
+@pytest.mark.skipif(not hasattr(os, "setpriority"), reason="needs priorities")
+@pytest.mark.parametrize(
+    ("runs", "gpu", "nicer"),
+    [(0, False, True), (2, False, True), (1, False, False), (0, True, False)],
+)
+async def test_loading_gives_way_where_no_run_inherits_it(
+    start: Callable[..., Any],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    runs: int,
+    gpu: bool,
+    nicer: bool,
+) -> None:
+    """All runs on a GPU are in one thread, which the first version that is loaded starts."""
+    monkeypatch.setattr(serving.RuntimeOptions, "tries_gpu", gpu)
     publish(settings.store, red=RED, white=WHITE)
     running = await start(predict_threads=2, predict_runs=runs)
     await predict(running, png(RED), version="models/default/versions/1")

@@ -188,6 +188,22 @@ def test_a_stall_does_not_refuse_calls_for_good() -> None:
     assert 0 < refused < 100
 
 
+def test_refusing_many_does_not_take_in_what_is_hopeless() -> None:
+    """Calls that are refused are no sign of a stall while others are answered."""
+    turns = Turns(Limits(), runs=1)
+    for _ in range(8):
+        busy(turns, 1.0)
+    turns.enter(encoded(1), 0.0)
+    for round_ in range(20):
+        for _ in range(50):
+            with pytest.raises(DeadlineError):
+                turns.enter(encoded(1, deadline=round_ + 0.5), round_)
+        turns.enter(encoded(1), round_)
+        decode_all(turns, round_)
+        batch = turns.next_batch(round_)
+        turns.classified(batch, answers(batch), round_, round_ + 1)
+
+
 def test_when_nothing_waits_a_slow_model_refuses_nothing() -> None:
     turns = Turns(LIMITS, runs=1)
     busy(turns, 3600.0)
