@@ -115,6 +115,9 @@ def fields_under(prefix: str, **renamed: str) -> Iterator[None]:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns what handlers raise into a status with details; handlers know nothing of codes."""
 
+    def __init__(self) -> None:
+        self._guarded: dict[str, Handler] = {}
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
@@ -126,7 +129,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(_unknown_method)
         if not handler_call_details.method.startswith(("/inflora.", "/inference.")):
             return handler  # health and reflection have statuses of their own
-        return _guarded(handler)
+        method = handler_call_details.method
+        if method not in self._guarded:
+            self._guarded[method] = _guarded(handler)
+        return self._guarded[method]
 
 
 def _guarded(handler: Any) -> Handler:

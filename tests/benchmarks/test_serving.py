@@ -77,6 +77,22 @@ class TestCells:
         rounds = {"ours": [{"1": load(each)} for each in (9.0, 1.0, 5.0)]}
         assert figures.cells(rounds, [1])[0]["values"] == {"ours": 5.0}
 
+    @given(st.floats(0.5, 2), st.lists(st.floats(0.2, 5), min_size=2, max_size=6))
+    def test_a_machine_that_is_slower_for_one_of_them_changes_nothing(
+        self, ratio: float, speeds: list[float]
+    ) -> None:
+        def measured(speed: float, better: float) -> dict[str, Any]:
+            return {
+                "1": load(speed * better, 1 / speed / better, 2 / speed / better) | {"pace": speed}
+            }
+
+        rounds = {
+            "ours": [measured(speed, ratio) for speed in speeds],
+            "A": [measured(speed, 1.0) for speed in reversed(speeds)],
+        }
+        found = figures.cells(rounds, [1])
+        assert [cell["ratio"] for cell in found] == pytest.approx([ratio] * 3)
+
     def test_without_a_single_answer_it_is_the_worst(self) -> None:
         silent = {"throughput": 0.0, "latency": None, "failed": 7}
         rounds = {"ours": [{"1": load(1.0)}], "A": [{"1": silent}]}

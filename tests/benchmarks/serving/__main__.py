@@ -115,13 +115,14 @@ def against_peers(
 ) -> Figures:
     """Our server against others with the same file."""
     chosen = [peer for peer in peers.PEERS if peer.name in options.peers]
+    pace = steps.pace_of(stage)
     measures: dict[str, Callable[[], Figures]] = {
-        figures.OURS: lambda: steps.ours(stage, lengths, PEER_CONCURRENCY)
+        figures.OURS: lambda: steps.ours(stage, lengths, PEER_CONCURRENCY, pace=pace)
     }
     for peer in chosen:
         for layout in options.layouts:
             measures[f"{peer.name}/{layout}"] = lambda peer=peer, layout=layout: steps.peer(  # type: ignore[misc]
-                peer, layout, stage, lengths, PEER_CONCURRENCY
+                peer, layout, stage, lengths, PEER_CONCURRENCY, pace
             )
     found = in_turn(record, "peers", measures, lengths, rounds)
     cells = figures.cells(found, PEER_CONCURRENCY)

@@ -23,6 +23,12 @@ def value(report: Mapping[str, Any], metric: str) -> float:
     return float(report["latency"][metric]) if report["latency"] else _NEVER
 
 
+def _at_pace(report: Mapping[str, Any], metric: str, usual: float) -> float:
+    speed = report.get("pace", usual) / usual
+    figure = value(report, metric)
+    return figure / speed if metric == "throughput" else figure * speed
+
+
 def against_bare(bare: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]],
                  concurrency: Sequence[int]) -> dict[str, Any]:  # fmt: skip
     """Compare with the bare loop: medians over slices of the ratios within each."""
@@ -46,13 +52,22 @@ def cells(rounds: Rounds, concurrency: Sequence[int]) -> list[dict[str, Any]]:
 
     A contender is called ``name`` or ``name/layout``. Of those that are not ours, the best counts.
     ``ratio`` is above 1 where ours is better than that. Rounds in which one could not be measured
-    do not count for it.
+    do not count for it. Where loads have a ``pace``, figures are what they would be if the machine
+    were as fast as it is in the median.
     """
+    paces = [
+        load["pace"]
+        for measured in rounds.values()
+        for each in measured
+        for load in each.values()
+        if isinstance(load, Mapping) and "pace" in load
+    ]
+    usual = median(paces) if paces else 1.0
     found = []
     for clients in concurrency:
         for metric in METRICS:
             values = {
-                name: median(value(each[str(clients)], metric) for each in worked)
+                name: median(_at_pace(each[str(clients)], metric, usual) for each in worked)
                 for name, measured in rounds.items()
                 if (worked := [each for each in measured if "error" not in each])
             }

@@ -16,17 +16,21 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from inflora_client import Client, ResourceExhaustedError, RetryPolicy, TaskStage
 from inflora_client import _bench as bench
 from inflora_client._calls import Question
 from inflora_client._names import Names
+from inflora_core.config import Limits
+from inflora_core.images import decode
+from inflora_core.predictor import Predictor, RuntimeOptions
 from tests.benchmarks import data as streams
 from tests.benchmarks.accuracy import STREAM
 from tests.benchmarks.checkout import ROOT
@@ -92,42 +96,96 @@ def bare(scene: Scene, lengths: Lengths) -> dict[str, Any]:
 
 
 def ours(
-    scene: Scene, lengths: Lengths, concurrency: Sequence[int], flags: Sequence[str] = ()
+    scene: Scene,
+    lengths: Lengths,
+    concurrency: Sequence[int],
+    flags: Sequence[str] = (),
+    pace: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
-    """Measure our server, started for it with ``flags``, at some numbers of clients."""
+    """Measure our server, started for it with ``flags``, at some numbers of clients.
+
+    Args:
+        scene: Model, images and store.
+        lengths: How long.
+        concurrency: Numbers of clients.
+        flags: For the server.
+        pace: As for ``sweep``.
+    """
     with scene.server(*flags) as server:
         images = scene.images()
         with connected(server) as client:
             labels = [client.predict([x], 1).predictions[0].scores[0].label for x in images]
         calls = bench.PredictCalls(server.address, QUESTION, images)
-        loads = asyncio.run(sweep(calls, concurrency, lengths))
+        loads = asyncio.run(sweep(calls, concurrency, lengths, pace))
     return loads | {"labels": labels}
 
 
 def peer(
-    which: peers.Peer, layout: str, scene: Scene, lengths: Lengths, concurrency: Sequence[int]
+    which: peers.Peer,
+    layout: str,
+    scene: Scene,
+    lengths: Lengths,
+    concurrency: Sequence[int],
+    pace: Callable[[], float],
 ) -> dict[str, Any]:
     """Measure a peer likewise; what it cannot do is said under ``error``."""
     try:
         with peers.running_peer(which, layout, scene) as port:
             images = scene.images()
             labels = peers.answers(which, port, images)
-            loads = asyncio.run(sweep(which.connect(port, images), concurrency, lengths))
+            loads = asyncio.run(sweep(which.connect(port, images), concurrency, lengths, pace))
     except (peers.PeerError, bench.CallFailedError) as error:
         return {"error": str(error)}
     return loads | {"labels": labels}
 
 
-async def sweep(calls: Any, concurrency: Sequence[int], lengths: Lengths) -> dict[str, Any]:
-    """Put closed loops on whatever is called; return their reports by the number of clients."""
+async def sweep(
+    calls: Any,
+    concurrency: Sequence[int],
+    lengths: Lengths,
+    pace: Callable[[], float] | None = None,
+) -> dict[str, Any]:
+    """Put closed loops on whatever is called; return their reports by the number of clients.
+
+    Args:
+        calls: Makes a call, in a context.
+        concurrency: Numbers of clients.
+        lengths: How long.
+        pace: Tells how fast the machine is; its mean before and after a load is ``pace`` of the
+            load's report.
+    """
     found = {}
     bounds = bench.Bounds(lengths.seconds, warm_up=lengths.warm_up)
     async with calls as call:
+        before = pace and pace()
         for clients in concurrency:
             load = bench.Closed(clients)
             report = bench.report(load, await bench.drive(call, load, bounds), 1)
             found[str(clients)] = without_curve(dataclasses.asdict(report))
+            if pace and before:
+                after = pace()
+                found[str(clients)]["pace"] = (before + after) / 2
+                before = after
     return found
+
+
+def pace_of(scene: Scene) -> Callable[[], float]:
+    """Return what tells how fast the machine is by now: images a second of the bare loop."""
+    predictor = Predictor.load(scene.model, RuntimeOptions(scene.threads, "cpu"))
+    images, limits = scene.images(), Limits()
+
+    def pace() -> float:
+        seconds = []
+        for image in images[:_PACE_RUNS]:
+            began = time.perf_counter()
+            predictor.predict([decode(image, limits)])
+            seconds.append(time.perf_counter() - began)
+        return 1 / median(seconds)
+
+    return pace
+
+
+_PACE_RUNS = 20
 
 
 def without_curve(report: dict[str, Any]) -> dict[str, Any]:
