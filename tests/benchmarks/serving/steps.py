@@ -18,13 +18,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from inflora_client import Client, ResourceExhaustedError, RetryPolicy, TaskStage
+from inflora_client import (
+    Client,
+    FailedPreconditionError,
+    ResourceExhaustedError,
+    RetryPolicy,
+    TaskStage,
+)
 from inflora_client import _bench as bench
 from inflora_client._calls import Question
 from inflora_client._names import Names
@@ -358,7 +364,8 @@ def soak(scene: Scene, lengths: Lengths) -> dict[str, Any]:
                 task = client.learn(few(tasks[which], EACH * (again % 5)))
                 for now in client.watch(task):
                     if over.is_set() and not now.ended:
-                        client.cancel(task)
+                        with suppress(FailedPreconditionError):  # it is being published by now
+                            client.cancel(task)
                 turns[now.state.name] += 1
                 if over.is_set():
                     return
