@@ -101,6 +101,7 @@ class Batcher:
             LimitExceededError: too much is waiting.
             DeadlineError: it cannot be answered in time.
             InvalidInputError: an image is not acceptable; the first such is named.
+            UnavailableError: it is closed.
         """
         return await self._answer(
             Call(predictor, deadline, sources=deque(enumerate(images))), finish
