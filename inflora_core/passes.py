@@ -98,9 +98,8 @@ def _attention(
         shapes = [numpy_helper.to_array(constants[node.input[1]]).tolist() for node in parted]
     except (LookupError, ValueError):
         return None
-    axis = next((each.i for each in softmax.attribute if each.name == "axis"), -1)
     if (
-        axis not in (-1, 3)
+        _axis(softmax, -1) not in (-1, 3)
         or weighted.input[0] != softmax.output[0]
         or permutations != [[0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3], [0, 2, 1, 3]]
         or scale.size != 1
@@ -133,7 +132,7 @@ def first_token(classify: bytes, ranks: Mapping[str, int]) -> bytes:
     Raises:
         DamagedError: if ``classify`` is not ONNX.
     """
-    proto = own(classify)
+    proto = parse(classify)
     graph = proto.graph
     ranks = {**ranks, **{tensor.name: len(tensor.dims) for tensor in graph.initializer}}
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -213,8 +212,7 @@ def _takes_first(node: NodeProto, tokens: set[str], constants: Mapping[str, Tens
     if node.op_type != "Gather" or node.input[0] not in tokens or node.input[1] not in constants:
         return False
     index = numpy_helper.to_array(constants[node.input[1]])
-    axis = next((each.i for each in node.attribute if each.name == "axis"), 0)
-    return axis == 1 and index.shape == () and index == 0
+    return _axis(node, 0) == 1 and index.shape == () and index == 0
 
 
 def _rows(node: NodeProto, tokens: set[str], ranks: Mapping[str, int]) -> list[int]:
@@ -222,14 +220,17 @@ def _rows(node: NodeProto, tokens: set[str], ranks: Mapping[str, int]) -> list[i
     places = list(range(min(_BY_ROW.get(node.op_type, 0), len(node.input))))
     rows = [place for place in places if node.input[place] in tokens]
     others = [ranks.get(node.input[place], 4) for place in places if place not in rows]
-    axis = next((each.i for each in node.attribute if each.name == "axis"), -1)
     if (
         any(rank > 1 for rank in others)
-        or axis not in (-1, 2)
+        or _axis(node, -1) not in (-1, 2)
         or (node.op_type == "MatMul" and ranks.get(node.input[1]) != 2)
     ):
         return []
     return rows
+
+
+def _axis(node: NodeProto, usual: int) -> int:
+    return next((each.i for each in node.attribute if each.name == "axis"), usual)
 
 
 def _permutation(transpose: NodeProto) -> list[int]:
