@@ -109,6 +109,12 @@ bench-serving: $(READY) ## predictions against a bare loop and other servers; ho
 		$(call flag,rounds,$(ROUNDS)) $(call flag,seconds,$(SECONDS_EACH)) \
 		$(call flag,threads,$(THREADS)) $(if $(SMOKE),--smoke) $(if $(WRITE),--write)
 
+.PHONY: bench-learning
+bench-learning: $(READY) ## what learning costs; an hour, resumes (PARTS=, DEVICE=cuda, ROUNDS=, WRITE=1)
+	$(BIN)/python -m tests.benchmarks.learning $(if $(PARTS),--parts $(PARTS)) \
+		$(call flag,device,$(DEVICE)) $(call flag,rounds,$(ROUNDS)) $(call flag,seeds,$(SEEDS)) \
+		$(call flag,threads,$(THREADS)) $(if $(WRITE),--write)
+
 .PHONY: soak
 soak: ## of bench-serving: predict, learn and swap at once; a quarter of an hour
 	$(MAKE) --no-print-directory bench-serving PARTS=soak

@@ -38,6 +38,7 @@ from inflora_core.errors import (
     UnsupportedBackboneError,
 )
 from inflora_core.model import BackboneConfig, Preprocessing
+from inflora_core.sparing import sparing
 
 CONFIG_KEY = "timm_config"
 """Key of a safetensors file's metadata whose value is the ``config.json`` of a timm hub model."""
@@ -107,11 +108,31 @@ class Backbone:
         Returns:
             (n, 3, S, S') float32 on the same device, contiguous.
         """
-        mean, std = (
-            torch.tensor(values, device=images.device).view(1, 3, 1, 1)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
-        return (images.permute(0, 3, 1, 2).contiguous().float() / 255 - mean) / std
+        mean, std = self._mean_and_std(images.device)
+        pixels = images.permute(0, 3, 1, 2).to(mean, memory_format=torch.contiguous_format)
+        return pixels.div_(255).sub_(mean).div_(std)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return embeddings (n, e) of resized images (n, S, S', 3) uint8, on the same device."""
+        with sparing(self.module):
+            embeddings: Tensor = self.module(self.normalise(images))
+        return embeddings
+
+    def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return both as (1, 3, 1, 1) on ``device``, where making them anew would wait for it."""
+        if device not in self._constants:
+            # What is made in inference mode cannot be used outside of it.
+            with torch.inference_mode(False):
+                mean, std = (
+                    torch.tensor(values, device=device).view(1, 3, 1, 1)
+                    for values in (self.preprocessing.mean, self.preprocessing.std)
+                )
+            self._constants[device] = mean, std
+        return self._constants[device]
+
+    @cached_property
+    def _constants(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
 
     @cached_property
     def _transform(self) -> Callable[[Image.Image], Tensor]:

@@ -82,14 +82,14 @@ def export_template(backbone: Backbone) -> bytes:
 def check_parity(
     model: bytes,
     unmerged: Callable[[Tensor], Tensor],
-    pixels: Tensor,
+    resized: NDArray[np.uint8],
     images: Sequence[NDArray[np.uint8]],
     backbone: Backbone,
     tolerance: float = _TOLERANCE,
 ) -> ParityReport:
     """Compare a version's file with the torch model before merging, on a task's own images.
 
-    Three things must hold: the logits of ``pixels`` differ by no more than ``tolerance`` (for
+    Three things must hold: the logits of ``resized`` differ by no more than ``tolerance`` (for
     logits up to 10; in proportion beyond, because float32 is); the graph's preprocessing of
     ``images`` is within one grey level of timm's on average; and from ``images`` to the name of
     the class, both agree on a share of ``AGREEMENT``. One image may always differ, and one whose
@@ -100,7 +100,7 @@ def check_parity(
         model: The composed file.
         unmerged: From pixels (n, 3, S, S') float32 on the backbone's device to logits
             (n, classes), with frozen weights and low-rank branches.
-        pixels: (n, 3, S, S') float32, what ``unmerged`` and the classify part are compared on.
+        resized: (n, S, S', 3) uint8, what timm's preprocessing makes of ``images``.
         images: Decoded originals, each (h, w, 3) uint8 of any size.
         backbone: Whose preprocessing the graph repeats.
         tolerance: Largest difference of two logits.
@@ -110,18 +110,19 @@ def check_parity(
         InvalidInputError: if there is nothing to compare on.
         DamagedError: if ``model`` is not a composed file.
     """
-    if not len(pixels) or not images:
+    if not len(resized) or len(images) != len(resized):
         raise InvalidInputError("parity needs at least one image to be checked on")
     preprocess_part, classify_part = split(model)
+    pixels = backbone.normalise(torch.from_numpy(resized))
     expected = _torch_logits(unmerged, pixels, backbone)
     classify = _session(classify_part)
     answered = np.concatenate(
-        [classify.run([LOGITS], {PIXELS: chunk.cpu().numpy()})[0] for chunk in pixels.split(_CHUNK)]
+        [classify.run([LOGITS], {PIXELS: chunk.numpy()})[0] for chunk in pixels.split(_CHUNK)]
     )
     difference, allowed = _difference(answered, expected, tolerance)
     del classify
-    grey_levels = _grey_levels(_session(preprocess_part), images, backbone)
-    agreement = _agreement(_session(model), unmerged, images, backbone, allowed)
+    grey_levels = _grey_levels(_session(preprocess_part), images, resized, backbone)
+    agreement = _agreement(_session(model), images, expected, allowed)
     return ParityReport(
         images=len(images),
         max_abs_diff=difference,
@@ -176,7 +177,10 @@ def _difference(
 
 
 def _grey_levels(
-    preprocess: ort.InferenceSession, images: Sequence[NDArray[np.uint8]], backbone: Backbone
+    preprocess: ort.InferenceSession,
+    images: Sequence[NDArray[np.uint8]],
+    resized: NDArray[np.uint8],
+    backbone: Backbone,
 ) -> float:
     """Return the mean difference of the graph's preprocessing from timm's, in grey levels."""
     mean, std = (
@@ -184,10 +188,10 @@ def _grey_levels(
         for values in (backbone.preprocessing.mean, backbone.preprocessing.std)
     )
     differences = []
-    for image in images:
+    for image, expected in zip(images, resized, strict=True):
         pixels = preprocess.run([PIXELS], {IMAGES: image[None]})[0][0]
         levels = ((pixels * std + mean) * 255).transpose(1, 2, 0)
-        differences.append(np.abs(levels - backbone.resize(image)).mean())
+        differences.append(np.abs(levels - expected).mean())
     average = float(np.mean(differences))
     if not average <= GREY_LEVELS:
         raise ParityError(
@@ -198,14 +202,11 @@ def _grey_levels(
 
 def _agreement(
     session: ort.InferenceSession,
-    unmerged: Callable[[Tensor], Tensor],
     images: Sequence[NDArray[np.uint8]],
-    backbone: Backbone,
+    logits: NDArray[np.float32],
     tie: float,
 ) -> float:
-    """Return the share of ``images`` that ONNX and torch name alike, from image to class."""
-    resized = torch.from_numpy(np.stack([backbone.resize(image) for image in images]))
-    logits = _torch_logits(unmerged, backbone.normalise(resized), backbone)
+    """Return the share of ``images`` that ONNX names as ``logits`` do, from image to class."""
     answered = np.array(
         [session.run([LOGITS], {IMAGES: image[None]})[0][0].argmax() for image in images]
     )

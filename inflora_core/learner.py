@@ -7,7 +7,7 @@ from the published code.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,8 +20,10 @@ from inflora_core import gate, subspace
 from inflora_core.adapters import adapted, set_key_value
 from inflora_core.backbone import Backbone
 from inflora_core.checkpoint import Checkpoint
+from inflora_core.compute import Compute
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError, StateError
+from inflora_core.group import Group
 from inflora_core.heads import (
     EVEN_SHARE,
     TEMPERATURE,
@@ -81,6 +83,7 @@ def learn_task(
     tracker: Tracker,
     initial_head: nn.Linear | None = None,
     checkpoint: Checkpoint | None = None,
+    compute: Compute | None = None,
 ) -> Learned:
     """Teach ``before`` the classes of one task; ``before`` itself stays as it is.
 
@@ -94,6 +97,8 @@ def learn_task(
         tracker: Told about every stage and step; may raise ``CancelledError`` to stop.
         initial_head: What the head starts from, instead of what ``config.head`` says.
         checkpoint: Where to keep how far training has come, and to go on from.
+        compute: How to compute it; float32, alone, if None. In a group, every process has to call
+            this with the same arguments, and what rank 0 returns is the result.
 
     Raises:
         StateError: a class is known already, and ``config.head`` cannot add to known ones.
@@ -101,6 +106,7 @@ def learn_task(
     """
     classes, positions = class_table(before, data, task, config)
     device = next(backbone.module.parameters()).device
+    compute = compute or Compute(device)
     train, held_out = split(data.images, positions, config.held_out_share, config.seed, device)
     memories = {name: GradientMemory.of(layer, device) for name, layer in before.layers.items()}
     threshold = threshold_after(before.tasks, config)
@@ -108,26 +114,28 @@ def learn_task(
     load_weights(backbone, before)
 
     tracker.start(Stage.DESIGNING)
-    moments, seen = measure(backbone, train, config.batch_size, tracker)
-    reductions = {
-        name: memory.design(moments[name].mean, config.rank, config.criterion)
-        for name, memory in memories.items()
-    }
+    moments, seen = measure(backbone, train, config.batch_size, compute, tracker)
+    reductions = compute.group.told(
+        {
+            name: memory.design(moments[name].mean, config.rank, config.criterion).cpu()
+            for name, memory in memories.items()
+        }
+    )
     labels, held_out_labels = (part.labels.cpu().numpy() for part in (train, held_out))
     untrained = ClassStatistics.of(before).with_images(seen, labels, len(classes))
     left_out = each_left_out(untrained, seen, labels)
     lesson = prepare(
-        before, untrained, left_out, backbone, train, held_out, seen, config, initial_head
+        before, untrained, left_out, backbone, train, held_out, seen, config, initial_head, compute
     )
 
     with adapted(backbone.layers, reductions) as branches:
         tracker.start(Stage.TRAINING)
         kept_epoch = train_expansions(
-            backbone, branches, lesson, config, tracker, checkpoint or Checkpoint()
+            backbone, branches, lesson, config, tracker, checkpoint or Checkpoint(), compute
         )
 
         tracker.start(Stage.EXTENDING)
-        moments, features = measure(backbone, train, config.batch_size, tracker)
+        moments, features = measure(backbone, train, config.batch_size, compute, tracker)
         if not np.isfinite(features).all():
             raise diverged("features are not finite")
         extended = {
@@ -151,7 +159,7 @@ def learn_task(
         capacity=np.append(before.capacity, free_share(layers)),
     )
     load_weights(backbone, merged)
-    unseen = features_of(backbone, held_out, config.batch_size)
+    unseen = features_of(backbone, held_out, config.batch_size, compute)
     old = ClassStatistics.of(before).drifted(seen, features)
     statistics = old.with_images(features, labels, len(classes))
     trained = appended(before, lesson.head) if config.head == "trained" else None
@@ -248,6 +256,7 @@ def prepare(
     seen: Array,
     config: LearnConfig,
     initial_head: nn.Linear | None,
+    compute: Compute,
 ) -> Lesson:
     """Return what A_t is trained against.
 
@@ -267,6 +276,7 @@ def prepare(
         seen: (n, e) features of ``train``.
         config: Settings.
         initial_head: What a head as published starts from.
+        compute: How to compute it.
     """
     device = train.labels.device
     if config.head == "trained":
@@ -275,17 +285,19 @@ def prepare(
         head = initial_head or random_head(seen.shape[1], new, config.seed)
         return Lesson(
             head.to(device),
-            Images(train.pixels, train.labels - first),
-            Images(held_out.pixels, held_out.labels - first),
+            replace(train, labels=train.labels - first),
+            replace(held_out, labels=held_out.labels - first),
         )
     if len(statistics.means) == 1:
         # A softmax over one class has no gradient. The first class of all is told from its own
         # images upside down; later ones are told from the classes that are known.
         labels = train.labels.cpu().numpy()
         train, held_out = train.with_upside_down(1), held_out.with_upside_down(1)
-        turned = train.at(torch.arange(len(labels), len(train), device=device))
+        turned = train.at(slice(len(labels), None))
         statistics = statistics.with_images(
-            features_of(backbone, turned, config.batch_size), turned.labels.cpu().numpy(), 2
+            features_of(backbone, turned, config.batch_size, compute),
+            turned.labels.cpu().numpy(),
+            2,
         )
         left_out = each_left_out(statistics, seen, labels)
     logits, positions = left_out
@@ -293,18 +305,20 @@ def prepare(
     if len(positions):
         temperature = teaching_temperature(logits, positions, config.softness)
     discriminant = Discriminant.of(statistics, EVEN_SHARE)
-    weight, bias = discriminant.divided(statistics.means, temperature)
+    weight, bias = compute.group.told(discriminant.divided(statistics.means, temperature))
     growing = GrowingHead(weight, bias, known=len(before.classes))
     return Lesson(growing.to(device), train, held_out)
 
 
-@torch.no_grad()
 def measure(
-    backbone: Backbone, images: Images, batch_size: int, tracker: Tracker
+    backbone: Backbone, images: Images, batch_size: int, compute: Compute, tracker: Tracker
 ) -> tuple[Moments, Array]:
     """Pass over ``images`` once: second moments of every layer's input, and features (n, e)."""
+    if len(images) < compute.group.size:  # not one image for each process: each takes them all
+        compute = replace(compute, group=Group())
     with record_moments({name: backbone.qkv(name) for name in backbone.config.layers}) as moments:
-        features = features_of(backbone, images, batch_size, tracker.step)
+        features = features_of(backbone, images, batch_size, compute, tracker.step, moments)
+    moments.sum(compute.group)
     return moments, features
 
 
@@ -313,16 +327,25 @@ def features_of(
     backbone: Backbone,
     images: Images,
     batch_size: int,
+    compute: Compute,
     on_share: Callable[[float], None] = lambda share: None,
+    moments: Moments | None = None,
 ) -> Array:
     """Return the final features (n, e), float32, as the backbone's weights are now."""
-    features = np.zeros((len(images), backbone.config.embedding_size), np.float32)
-    for start in range(0, len(images), batch_size):
-        pixels = images.pixels[start : start + batch_size]
-        embedding = backbone.module(backbone.normalise(pixels))
-        features[start : start + batch_size] = embedding.float().cpu().numpy()
-        on_share((start + len(pixels)) / len(images))
-    return features
+    mine = images.at(compute.group.share(len(images)))
+
+    def run(parts: Sequence[slice]) -> Tensor:
+        if moments is not None:
+            moments.drop()
+        features = [torch.zeros((0, backbone.config.embedding_size), device=images.labels.device)]
+        for part in parts:
+            embedding = backbone.features(mine.at(part).loaded())
+            features.append(embedding.float())
+            on_share(min(part.stop, len(mine)) / len(mine))
+        return torch.cat(features)
+
+    features = compute.in_parts(len(mine), run, batch_size)
+    return compute.group.joined(features, len(images)).cpu().numpy()
 
 
 def appended(model: ContinualModel, head: nn.Module) -> tuple[Array, Array]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+from inflora_core.group import Group
 
 
 @dataclass
@@ -24,9 +28,23 @@ class SecondMoment:
     def add(self, inputs: Tensor) -> None:
         """Add inputs (..., d); every leading position counts as one token."""
         rows = inputs.detach().flatten(0, -2)
-        product = (rows.mT @ rows).double()
-        self.total = product if self.total is None else self.total + product
-        self.tokens += len(rows)
+        self += SecondMoment((rows.mT @ rows).double(), len(rows))
+
+    def __iadd__(self, other: SecondMoment) -> Self:
+        """Add what ``other`` has."""
+        if other.total is not None:
+            self.total = other.total if self.total is None else self.total + other.total
+            self.tokens += other.tokens
+        return self
+
+    def sum(self, group: Group) -> None:
+        """Add what the other processes of ``group`` have; each must have something."""
+        if group.size == 1:
+            return
+        assert self.total is not None
+        tokens = torch.tensor(self.tokens)
+        group.sum(self.total, tokens)
+        self.tokens = int(tokens)
 
     @property
     def mean(self) -> Tensor:
@@ -38,13 +56,37 @@ class SecondMoment:
 
 @dataclass
 class Moments:
-    """The second moments of several layers."""
+    """The second moments of several layers.
+
+    What a forward pass adds is set aside until ``keep``: one that breaks off, for want of memory,
+    has been through some layers and not through others.
+    """
 
     by_layer: dict[str, SecondMoment] = field(default_factory=dict)
+    _aside: dict[str, SecondMoment] = field(default_factory=lambda: defaultdict(SecondMoment))
 
     def __getitem__(self, layer: str) -> SecondMoment:
         """Return the moment of ``layer``."""
         return self.by_layer[layer]
+
+    def set_aside(self, layer: str, inputs: Tensor) -> None:
+        """Take inputs (..., d) of ``layer``, to be kept or dropped."""
+        self._aside[layer].add(inputs)
+
+    def keep(self) -> None:
+        """Add what is set aside."""
+        for layer, moment in self._aside.items():
+            self.by_layer[layer] += moment
+        self._aside.clear()
+
+    def drop(self) -> None:
+        """Forget what is set aside."""
+        self._aside.clear()
+
+    def sum(self, group: Group) -> None:
+        """Add what the other processes have."""
+        for moment in self.by_layer.values():
+            moment.sum(group)
 
 
 @contextmanager
@@ -60,13 +102,14 @@ def record_moments(layers: Mapping[str, nn.Module]) -> Iterator[Moments]:
     def hook(name: str):  # type: ignore[no-untyped-def]
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             with torch.autocast(args[0].device.type, enabled=False):
-                moments[name].add(args[0].float() if args[0].dtype.itemsize < 4 else args[0])
+                moments.set_aside(name, args[0].float() if args[0].dtype.itemsize < 4 else args[0])
 
         return record
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
     try:
         yield moments
+        moments.keep()
     finally:
         for handle in handles:
             handle.remove()

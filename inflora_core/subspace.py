@@ -59,7 +59,7 @@ def design_reduction(
     values, vectors = principal_directions(free.mT @ ranking @ free)
     # Relative to all of G, not to what is free: when the inputs lie within M, the free block is
     # rounding noise, and noise must not be taken for directions.
-    noise = len(ranking) * torch.finfo(ranking.dtype).eps * torch.linalg.matrix_norm(ranking, 2)
+    noise = len(ranking) * torch.finfo(ranking.dtype).eps * torch.linalg.matrix_norm(ranking)
     rank = min(rank, int((values > noise).sum()))
     return (free @ vectors[:, :rank]).mT / math.sqrt(3)
 
@@ -134,7 +134,8 @@ def interference(update: Tensor, old_moment: Tensor) -> float:
         old_moment: C_old (d, d), of all older tasks' inputs.
     """
     size = torch.linalg.matrix_norm(update)
-    largest = torch.linalg.matrix_norm(old_moment, 2)
+    # Symmetric: a norm by way of all singular values would cost ten times as much.
+    largest = torch.linalg.eigvalsh(old_moment)[-1].clamp_min(0)
     if size == 0 or largest == 0:
         return 0.0
     # trace(dW C dW^T) = norm(dW C^(1/2))^2, without the root of a matrix.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from inflora_core.adapters import AdaptedQKV
 from inflora_core.backbone import Backbone
 from inflora_core.checkpoint import Checkpoint, fingerprint
+from inflora_core.compute import Compute
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError
 from inflora_core.model import Array
@@ -26,26 +28,65 @@ PATIENCE = 3
 FEWEST_TO_STOP = 20
 """Held-out images that it takes to say so."""
 
+DEVICE_SHARE = 0.5
+"""Most of a GPU's free memory that a task's images may take."""
+
 
 @dataclass(frozen=True)
 class Images:
-    """Images on the device: ``pixels`` (n, S, S', 3) uint8 and ``labels`` (n,) int64."""
+    """Some of the images of a task.
+
+    Attributes:
+        pixels: (N, S, S', 3) uint8, all of them: on the device, or pinned where they do not fit.
+        rows: (n,) int64, which of ``pixels``; where those are.
+        labels: (n,) int64, on the device.
+    """
 
     pixels: Tensor
+    rows: Tensor
     labels: Tensor
+
+    @classmethod
+    def placed(cls, pixels: Array, labels: Array, device: torch.device) -> Images:
+        """Bring images (n, S, S', 3) uint8 and labels (n,) to where they are learned."""
+        whole = torch.from_numpy(pixels)
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            fits = whole.nbytes < DEVICE_SHARE * free
+            whole = whole.to(device) if fits else whole.pin_memory()
+        rows = torch.arange(len(whole), device=whole.device)
+        return cls(whole, rows, torch.from_numpy(labels).to(device))
 
     def __len__(self) -> int:
         """Return n."""
         return len(self.labels)
 
-    def at(self, index: Tensor) -> Images:
-        """Return the images at ``index`` (m,)."""
-        return Images(self.pixels[index], self.labels[index])
+    def at(self, index: Tensor | slice) -> Images:
+        """Return the images at ``index``, (m,) on any device."""
+        if isinstance(index, slice):
+            return Images(self.pixels, self.rows[index], self.labels[index])
+        here, there = (
+            index.to(part.device, non_blocking=True) for part in (self.rows, self.labels)
+        )
+        return Images(self.pixels, self.rows[here], self.labels[there])
+
+    def loaded(self) -> Tensor:
+        """Return their pixels (n, S, S', 3) uint8 on the device."""
+        if self.pixels.device == self.labels.device:
+            return self.pixels[self.rows]
+        # A buffer of its own for each batch: the one before may be on its way still.
+        buffer = torch.empty(
+            (len(self), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=True
+        )
+        torch.index_select(self.pixels, 0, self.rows, out=buffer)
+        return buffer.to(self.labels.device, non_blocking=True)
 
     def with_upside_down(self, label: int) -> Images:
         """Return these and a copy of each, turned by half, as images of class ``label``."""
+        pixels = self.pixels[self.rows]
         return Images(
-            torch.cat([self.pixels, self.pixels.flip(1, 2)]),
+            torch.cat([pixels, pixels.flip(1, 2)]),
+            torch.arange(2 * len(self), device=self.rows.device),
             torch.cat([self.labels, torch.full_like(self.labels, label)]),
         )
 
@@ -74,15 +115,9 @@ def split(
     for label in dict.fromkeys(labels.tolist()):
         members = np.flatnonzero(labels == label)
         held_out[generator.permutation(members)[: int(share * len(members))]] = True
-    sides = []
-    for mask in (~held_out, held_out):
-        sides.append(
-            Images(
-                torch.from_numpy(pixels[mask]).to(device),
-                torch.from_numpy(labels[mask]).to(device),
-            )
-        )
-    return sides[0], sides[1]
+    images = Images.placed(pixels, labels, device)
+    train, rest = (images.at(torch.from_numpy(np.flatnonzero(x))) for x in (~held_out, held_out))
+    return train, rest
 
 
 def random_head(embedding_size: int, classes: int, seed: int) -> nn.Linear:
@@ -124,6 +159,7 @@ def train_expansions(
     config: LearnConfig,
     tracker: Tracker,
     checkpoint: Checkpoint,
+    compute: Compute,
 ) -> int:
     """Train every A_t, and the head as far as it is free, by cross-entropy (section 4.1).
 
@@ -148,7 +184,7 @@ def train_expansions(
     watch = Watch(on=config.epochs is None and len(held_out) >= FEWEST_TO_STOP)
     training = Training(parameters, optimizer, generator, watch, tracker)
     beginning = fingerprint(
-        config.model_dump_json(),
+        f"{config.model_dump_json()} {compute.half} {compute.group.size}",
         [
             *(branch.reduction for branch in branches.values()),
             *expansions,
@@ -157,32 +193,131 @@ def train_expansions(
             *(images.labels, held_out.labels),
         ],
     )
-    if saved := checkpoint.load(beginning):
+    if saved := compute.group.told(checkpoint.load(beginning)):
         training.restore(saved)
     while len(tracker.losses) < tracker.epochs and not watch.over:
         epoch = len(tracker.losses)
-        tracker.losses.append([])
-        order = torch.arange(len(images))
-        if config.shuffle:
-            order = torch.randperm(len(images), generator=generator)
-        for step, index in enumerate(order.split(config.batch_size)):
-            batch = images.at(index.to(images.labels.device))
-            pixels = augment(batch.pixels, config.augmentation, generator)
-            loss = F.cross_entropy(head(backbone.module(backbone.normalise(pixels))), batch.labels)
-            if not loss.isfinite():
-                raise diverged(f"in epoch {epoch + 1}, the loss is {loss.item()}")
+        losses = Losses()
+        tracker.losses.append(losses.known)
+        for step, batch in enumerate(batches(images, config, generator)):
             done = (epoch + step / steps) / tracker.epochs
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate_at(config, epoch, tracker.epochs, done)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            losses.add(differentiate(backbone, head, batch, parameters, config, compute))
             optimizer.step()
-            tracker.losses[-1].append(loss.item())
+            losses.look()
             tracker.step((epoch + (step + 1) / steps) / tracker.epochs)
+        losses.look(wait=True)
         if watch.on:
-            watch.note(held_out_loss(backbone, head, held_out, config), parameters)
+            watch.note(held_out_loss(backbone, head, held_out, config, compute), parameters)
         checkpoint.save(beginning, training.state())
     return watch.restore(parameters) or len(tracker.losses)
+
+
+Batch: TypeAlias = tuple[Images, Tensor]
+"""Images of one step, and which of them to mirror, (n,) bool."""
+
+
+def batches(images: Images, config: LearnConfig, generator: torch.Generator) -> Iterator[Batch]:
+    """Yield the steps of one epoch.
+
+    Everything random is drawn, and brought to the device, before the first of them.
+    """
+    order, mirrored = torch.arange(len(images)), torch.zeros(len(images), dtype=torch.bool)
+    if config.shuffle:
+        order = torch.randperm(len(images), generator=generator)
+    if config.augmentation == "flip":
+        mirrored = torch.rand(len(images), generator=generator) < 0.5
+    images, mirrored = images.at(order), mirrored.to(images.labels.device)
+    for start in range(0, len(images), config.batch_size):
+        rows = slice(start, start + config.batch_size)
+        yield images.at(rows), mirrored[rows]
+
+
+def differentiate(
+    backbone: Backbone,
+    head: nn.Module,
+    batch: Batch,
+    parameters: Sequence[nn.Parameter],
+    config: LearnConfig,
+    compute: Compute,
+) -> Tensor:
+    """Leave the gradient of a batch's mean cross-entropy in ``parameters``; return that, ().
+
+    Whatever parts the batch is taken in, by memory or by processes, adds up to the same.
+    """
+    images, mirrored = batch
+    mine = compute.group.share(len(images))
+    mine_images, mine_mirrored = images.at(mine), mirrored[mine]
+
+    def run(parts: Sequence[slice]) -> Tensor:
+        total = torch.zeros((), device=images.labels.device)
+        for parameter in parameters:
+            parameter.grad = None
+        for part in parts:
+            some = mine_images.at(part)
+            pixels = some.loaded()
+            if config.augmentation == "flip":
+                pixels = flipped(pixels, mine_mirrored[part])
+            with compute.autocast():
+                features = backbone.features(pixels)
+            loss = F.cross_entropy(head(features.float()), some.labels, reduction="sum")
+            loss = loss / len(images)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    loss = compute.in_parts(len(mine_images), run)
+    if compute.group.size == 1:
+        return loss
+    # A share may be empty, and has no gradient then.
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in parameters]
+    flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
+    compute.group.sum(flat)
+    total: Tensor
+    total, *pieces = flat.split([1, *(gradient.numel() for gradient in gradients)])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.view_as(parameter)
+    return total.view(())
+
+
+class Losses:
+    """The loss of each step of an epoch, read without making anybody wait for the device.
+
+    Attributes:
+        known: Those that the device is done with, in order.
+    """
+
+    def __init__(self) -> None:
+        self.known: list[float] = []
+        self._coming: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, loss: Tensor) -> None:
+        """Take the loss of a step, ()."""
+        arrived = None
+        if loss.is_cuda:
+            host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+            loss, arrived = host.copy_(loss, non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._coming.append((loss, arrived))
+
+    def look(self, *, wait: bool = False) -> None:
+        """Take in what has arrived; all, if ``wait``.
+
+        Raises:
+            InvalidInputError: a loss is NaN or infinite.
+        """
+        while self._coming:
+            loss, arrived = self._coming[0]
+            if arrived is not None:
+                if wait:
+                    arrived.synchronize()
+                elif not arrived.query():
+                    return
+            self.known.append(loss.item())
+            self._coming.popleft()
+            if not math.isfinite(self.known[-1]):
+                raise diverged(f"in step {len(self.known)} of an epoch, the loss is {loss.item()}")
 
 
 def diverged(how: str) -> InvalidInputError:
@@ -203,8 +338,8 @@ def optimizer_for(
         if part
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9)
-    return torch.optim.Adam(groups)
+        return torch.optim.SGD(groups, momentum=0.9, fused=True)
+    return torch.optim.Adam(groups, fused=True)
 
 
 @dataclass
@@ -271,18 +406,25 @@ class Training:
         self.tracker.losses[:] = state["losses"]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def held_out_loss(
-    backbone: Backbone, head: nn.Module, images: Images, config: LearnConfig
+    backbone: Backbone, head: nn.Module, images: Images, config: LearnConfig, compute: Compute
 ) -> float:
     """Return the mean cross-entropy of ``images``."""
-    losses = []
-    for start in range(0, len(images), config.batch_size):
-        pixels = images.pixels[start : start + config.batch_size]
-        labels = images.labels[start : start + config.batch_size]
-        logits = head(backbone.module(backbone.normalise(pixels)))
-        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-    return float(torch.stack(losses).sum()) / len(images)
+    mine = images.at(compute.group.share(len(images)))
+
+    def run(parts: Sequence[slice]) -> Tensor:
+        total = torch.zeros((), device=images.labels.device)
+        for part in parts:
+            some = mine.at(part)
+            with compute.autocast():
+                features = backbone.features(some.loaded())
+            total += F.cross_entropy(head(features.float()), some.labels, reduction="sum")
+        return total
+
+    total = compute.in_parts(len(mine), run, config.batch_size)
+    compute.group.sum(total)
+    return float(total) / len(images)
 
 
 def learning_rate_at(config: LearnConfig, epoch: int, epochs: int, done: float) -> float:
@@ -299,9 +441,6 @@ def learning_rate_at(config: LearnConfig, epoch: int, epochs: int, done: float) 
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def augment(pixels: Tensor, augmentation: str, generator: torch.Generator) -> Tensor:
-    """Return training images (n, S, S', 3) uint8 after random changes."""
-    if augmentation == "none":
-        return pixels
-    mirrored = torch.rand(len(pixels), generator=generator) < 0.5
-    return torch.where(mirrored.to(pixels.device)[:, None, None, None], pixels.flip(2), pixels)
+def flipped(pixels: Tensor, which: Tensor) -> Tensor:
+    """Return images (n, S, S', 3), those mirrored that ``which`` (n,) bool says."""
+    return torch.where(which[:, None, None, None], pixels.flip(2), pixels)

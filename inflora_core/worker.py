@@ -1,6 +1,9 @@
 """The learning worker: a process of its own, so that nothing in it can touch Predict.
 
-    python -m inflora_core.worker --store DIR [--device auto] [--threads 0]
+    python -m inflora_core.worker --store DIR [--device auto] [--threads 0] [--precision auto]
+
+Under ``torchrun`` several processes learn together. Rank 0 is the worker of what follows; the
+others hear from it alone, and only of tasks to learn.
 
 Commands come as JSON lines on standard input, events leave as JSON lines on standard output:
 
@@ -17,6 +20,8 @@ Commands come as JSON lines on standard input, events leave as JSON lines on sta
                                                       a candidate
     {"event": "failed", "task": "..." or null, "reason": "...", "message": "...", "field": "..."}
     {"event": "cancelled", "task": "..."}
+    {"event": "leaving"}                              takes no more commands; the next one ends it:
+                                                      before one of the two above
 
 The end of standard input means that the server is gone; the worker ends at once. It can be killed
 at any moment: a version is in the store whole or not at all.
@@ -37,9 +42,9 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import numpy as np
 import torch
@@ -48,16 +53,20 @@ from pydantic import TypeAdapter
 from inflora_core import bundled, canary, durable, edits, gate
 from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
 from inflora_core.checkpoint import Checkpoint
+from inflora_core.compute import Compute, Precision, halves
 from inflora_core.config import Gate, LearnConfig, Limits
 from inflora_core.errors import (
     CancelledError,
     DamagedError,
     InfloraError,
+    InvalidInputError,
     LimitExceededError,
+    StateError,
     UnavailableError,
 )
 from inflora_core.export import check_edit, check_parity, export_template
 from inflora_core.graph import materialise
+from inflora_core.group import Group, LostRankError
 from inflora_core.images import decode
 from inflora_core.learner import before_merging, learn_task
 from inflora_core.model import (
@@ -65,6 +74,7 @@ from inflora_core.model import (
     ContinualModel,
     Edit,
     LabelledImages,
+    Learned,
     Progress,
     Stage,
 )
@@ -83,20 +93,25 @@ _LIMITS = Limits()
 PROGRESS_SECONDS = 0.1
 """Least time between two reports of the same stage and epoch."""
 
-PARITY_IMAGES = 64
+PARITY_IMAGES = 32
 """Images of a task on which ONNX and torch are compared: enough to see any error of the merge."""
 
 
 class Worker:
     """Learns tasks one after the other and keeps model and backbone warm between them."""
 
-    def __init__(self, store: Store, device: torch.device, threads: int) -> None:
+    def __init__(self, store: Store, compute: Compute, threads: int) -> None:
         self._store = store
-        self._device = device
+        self._compute = compute
         self._threads = threads
         self._backbone: Backbone | None = None
         self._template = b""
         self._newest: ContinualModel | None = None
+
+    @property
+    def group(self) -> Group:
+        """Who learns along."""
+        return self._compute.group
 
     def prepare(self, source: str, architecture: str | None) -> None:
         """Give the store its backbone, unless it has one."""
@@ -125,18 +140,18 @@ class Worker:
         if done is not None:
             return done
         tracker.start(Stage.DECODING)
-        backbone, before = self._load(), self._state(parent)
-        data, sample, meant = self._decode(spool, backbone, before, tracker)
-        kept = Checkpoint(spool)
-        learned = learn_task(before, backbone, data, task, config, tracker, checkpoint=kept)
+        before = self._state(parent)
+        learned, examples = self._learn_with_others(
+            self.group.told(Lecture(task, spool, config, before)), tracker
+        )
 
         tracker.start(Stage.EXPORTING)
         onnx = materialise(self._template, learned.model, self._store.next_number())
 
         tracker.start(Stage.CHECKING)
-        pixels = backbone.normalise(torch.from_numpy(data.images[list(sample)]))
+        backbone = self._load()
         with before_merging(backbone, before, learned) as logits:
-            parity = check_parity(onnx, logits, pixels, Decoded(sample.values()), backbone)
+            parity = check_parity(onnx, logits, *examples.sample(), backbone)
         limits = limits or Gate()
         canaries = self._canaries(before, onnx, tracker) if limits.canary is not None else None
         checks = gate.checks(learned, limits, canaries)
@@ -149,7 +164,7 @@ class Worker:
         counts = learned.report.held_out_counts
         report = replace(
             learned.report,
-            held_out_counts={name: counts[x] for name, x in meant.items() if x in counts},
+            held_out_counts={name: counts[x] for name, x in examples.meant.items() if x in counts},
             parity=parity,
             stage_seconds=dict(tracker.seconds),
             checks=checks,
@@ -159,6 +174,36 @@ class Worker:
         number = self._store.publish(learned, task, onnx).number
         self._newest = replace(learned.model, version=number)
         return number
+
+    def follow(self) -> None:
+        """Learn what rank 0 learns, for ever.
+
+        Raises:
+            LostRankError: it is gone.
+        """
+        while True:
+            lecture: Any = self.group.told(None)
+            try:
+                self._learn_with_others(lecture, Tracker())
+            except (InvalidInputError, StateError) as error:
+                # Of the task: rank 0 found the same, and has told the server.
+                log.info("rank %d: %s", self.group.rank, error)
+
+    def _learn_with_others(self, lecture: Lecture, tracker: Tracker) -> tuple[Learned, Examples]:
+        """Learn one task, as every process of the group does at the same time."""
+        backbone = self._load()
+        examples = self._decode(lecture.spool, backbone, lecture.before, tracker)
+        learned = learn_task(
+            lecture.before,
+            backbone,
+            examples.data,
+            lecture.task,
+            lecture.config,
+            tracker,
+            checkpoint=Checkpoint(lecture.spool if self.group.leads else None),
+            compute=self._compute,
+        )
+        return learned, examples
 
     def edit(self, task: str, edit: Edit, parent: int | None, tracker: Tracker) -> int:
         """Change the class table of version ``parent``; return the new version."""
@@ -209,7 +254,7 @@ class Worker:
         if self._backbone is None:
             stored = self._store.backbone()
             backbone = build_backbone(stored.config, self._store.load_weights(stored))
-            backbone.module.to(self._device)
+            backbone.module.to(self._compute.device)
             self._backbone, self._template = backbone, stored.template_path.read_bytes()
         return self._backbone
 
@@ -220,31 +265,58 @@ class Worker:
 
     def _decode(
         self, spool: Path, backbone: Backbone, model: ContinualModel, tracker: Tracker
-    ) -> tuple[LabelledImages, dict[int, bytes], dict[str, str]]:
-        """Return the task's images at model size, and some of every class as they came.
-
-        An alias is taken for the class that it means. The last value tells, of every name that the
-        examples came under, which class's label it stands for.
-        """
+    ) -> Examples:
+        """Return a task's examples at model size; each process of a group decodes its share."""
         aliases = {alias: entry.label for entry in model.classes for alias in entry.aliases}
         spooled = list(read_spool(spool))
         meant = {label: aliases.get(label, label) for _, label in spooled}
-        examples = [(image, meant[label]) for image, label in spooled]
-        positions = {label: i for i, label in enumerate(dict.fromkeys(x for _, x in examples))}
-        labels = np.array([positions[label] for _, label in examples], np.int64)
+        positions = {label: i for i, label in enumerate(dict.fromkeys(meant.values()))}
+        labels = np.array([positions[meant[label]] for _, label in spooled], np.int64)
         size = backbone.preprocessing
-        pixels = np.empty((len(examples), size.height, size.width, 3), np.uint8)
+        mine = range(len(spooled))[self.group.share(len(spooled))]
+        pixels = np.empty((len(mine), size.height, size.width, 3), np.uint8)
 
-        def bring_to_size(index: int) -> None:
-            pixels[index] = backbone.resize(decode(examples[index][0], _LIMITS))
+        def bring_to_size(row: int) -> None:
+            pixels[row] = backbone.resize(decode(spooled[mine[row]][0], _LIMITS))
 
         with ThreadPoolExecutor(self._threads) as pool:
-            for done, _ in enumerate(pool.map(bring_to_size, range(len(examples))), 1):
-                tracker.step(done / len(examples))
+            for done, _ in enumerate(pool.map(bring_to_size, range(len(mine))), 1):
+                tracker.step(done / len(mine))
+        whole = self.group.joined(torch.from_numpy(pixels), len(spooled)).numpy()
+        data = LabelledImages(whole, labels, tuple(positions))
+        return Examples(data, [image for image, _ in spooled], meant)
+
+
+@dataclass(frozen=True)
+class Lecture:
+    """One task, as rank 0 tells the others of it."""
+
+    task: str
+    spool: Path
+    config: LearnConfig
+    before: ContinualModel
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A task's examples.
+
+    Attributes:
+        data: At model size. An alias is taken for the class that it means.
+        encoded: As they came.
+        meant: Which class's label each name that they came under stands for.
+    """
+
+    data: LabelledImages
+    encoded: Sequence[bytes]
+    meant: Mapping[str, str]
+
+    def sample(self) -> tuple[Array, Decoded]:
+        """Return some of every class at model size (n, S, S', 3), and as they came."""
         # In the order of classes, so that every class has its share whatever order they came in.
-        step = math.ceil(len(examples) / PARITY_IMAGES)
-        sample = {i: examples[i][0] for i in np.argsort(labels, kind="stable")[::step].tolist()}
-        return LabelledImages(pixels, labels, tuple(positions)), sample, meant
+        step = math.ceil(len(self.data) / PARITY_IMAGES)
+        chosen = np.argsort(self.data.labels, kind="stable")[::step]
+        return self.data.images[chosen], Decoded([self.encoded[i] for i in chosen])
 
 
 class Decoded(Sequence[Array]):
@@ -320,24 +392,46 @@ def serve(worker: Worker, channel: Channel) -> None:
             else:
                 number = work(worker, channel, command)
                 channel.send("learned", task=task, version=number)
+        except LostRankError as error:
+            # Not the task's fault: without a word, as if this process had been the one to go.
+            log.exception("a process of the group is gone")
+            raise SystemExit(1) from error
         except CancelledError:
-            channel.send("cancelled", task=task)
+            with _leaving(worker.group, channel):
+                channel.send("cancelled", task=task)
         except (MemoryError, torch.OutOfMemoryError):
-            _fail_for_memory(channel, task)
-        except InfloraError as error:
+            with _leaving(worker.group, channel):
+                _fail_for_memory(channel, task)
+        except (InvalidInputError, StateError) as error:
             _fail(channel, task, error)
+        except InfloraError as error:
+            with _leaving(worker.group, channel):
+                _fail(channel, task, error)
         except OSError as error:
             kind = LimitExceededError if durable.is_full(error) else UnavailableError
-            _fail(channel, task, kind(f"cannot write to the store: {error}"))
+            with _leaving(worker.group, channel):
+                _fail(channel, task, kind(f"cannot write to the store: {error}"))
         except Exception as error:
             if NO_MEMORY.search(str(error)):
-                _fail_for_memory(channel, task)
+                with _leaving(worker.group, channel):
+                    _fail_for_memory(channel, task)
                 continue
             log.exception("task %s failed", task)
             _fail(channel, task, InfloraError(f"{type(error).__name__}: {error}"))
             # What state this process is in, nobody knows: a CUDA context does not survive some
             # errors. The server starts another.
             raise SystemExit(1) from error
+
+
+@contextlib.contextmanager
+def _leaving(group: Group, channel: Channel) -> Iterator[None]:
+    """End the group with what came to this process alone: the others are in midst of the task."""
+    if group.size == 1:
+        yield
+        return
+    channel.send("leaving")
+    yield
+    raise SystemExit(1)
 
 
 def work(worker: Worker, channel: Channel, command: Mapping[str, Any]) -> int:
@@ -378,13 +472,16 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="0: all processors but one")
     parser.add_argument("--memory-bytes", type=int, default=0, help="0: any")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision))
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--nice", type=int, default=10, help="0 to 19, how far others come first")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s")
     # Libraries print to standard output; only events may.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    channel = Channel(sys.stdin, events)
+    leads = os.environ.get("RANK", "0") == "0"
+    channel = Channel(sys.stdin, events) if leads else None
     _let_others_first(args.nice)
     with contextlib.suppress(OSError):
         # Should memory run out, this process has to go, not the one that predicts.
@@ -394,14 +491,41 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (args.memory_bytes, args.memory_bytes))
     # One processor is left to predictions. With a thread on that one, too, every parallel section
     # of the training would wait for a thread that, at this priority, hardly ever runs.
-    threads = args.threads or max(1, processors() - 1)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = args.threads or max(1, (processors() - 1) // beside)
     torch.set_num_threads(threads)
-    name = args.device
+    device = device_of(args.device)
+    if args.deterministic:
+        make_deterministic()
+    group = Group.of_environment(device)
+    compute = Compute(device, halves(args.precision, device), group)
+    store = Store.open(args.store)
+    worker = Worker(store, compute, threads)
+    if channel is not None:
+        store.clear_drafts()
+        serve(worker, channel)
+        return
+    try:
+        worker.follow()
+    except LostRankError as error:
+        log.info("rank %d ends: %s", group.rank, error)
+        raise SystemExit(1) from None
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device called ``auto``, ``cpu`` or ``cuda``; of several GPUs, this process's."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    store = Store.open(args.store)
-    store.clear_drafts()
-    serve(Worker(store, torch.device(name), threads), channel)
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def make_deterministic() -> None:
+    """Have GPUs give the same bits twice, at a price in speed. CPUs do anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 if __name__ == "__main__":

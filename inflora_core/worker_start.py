@@ -1,6 +1,8 @@
 """Starts the learning worker, and ties its life to that of the server that starts it.
 
     python -m inflora_core.worker_start --store DIR ...       as ``inflora_core.worker``
+    python -m inflora_core.worker_start --launcher 'torchrun --nproc-per-node 4 ...' --store DIR ...
+                                                              several of them, by way of a launcher
 
 The worker notices the end of its input only once torch is imported, which takes seconds. Until then
 the worker of a server that was killed would hold the store, and the next server be refused.
@@ -9,9 +11,12 @@ the worker of a server that was killed would hold the store, and the next server
 from __future__ import annotations
 
 import ctypes
+import os
 import select
+import shlex
 import signal
 import sys
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 """From ``linux/prctl.h``."""
@@ -32,8 +37,21 @@ def end_with_parent() -> None:
         sys.exit(0)
 
 
+def launch(launcher: str, arguments: list[str]) -> NoReturn:
+    """Become ``launcher``, which starts this module in several processes.
+
+    It ends with this process's parent, too, and they with it: the system keeps that in mind.
+    """
+    command = shlex.split(launcher)
+    if command[:1] == ["torchrun"]:  # that of this very environment, which need not be on PATH
+        command[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    os.execvp(command[0], [*command, "-m", "inflora_core.worker_start", *arguments])
+
+
 if __name__ == "__main__":
     end_with_parent()
+    if sys.argv[1:2] == ["--launcher"]:
+        launch(sys.argv[2], sys.argv[3:])
     from inflora_core.worker import main
 
     main()

@@ -106,6 +106,27 @@ def _parser() -> argparse.ArgumentParser:
         help="any other setting; can be given more than once",
     )
     add(group, "--device", defaults.device, "where to learn", choices=("auto", "cpu", "cuda"))
+    add(
+        group,
+        "--learn-precision",
+        defaults.learn_precision,
+        "what training multiplies matrices in; auto: bfloat16 where the hardware does",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    group.add_argument(
+        "--learn-deterministic",
+        action="store_true",
+        default=False,
+        help="have a GPU learn the same bits twice, slower; CPUs always do",
+    )
+    add(
+        group,
+        "--learn-launcher",
+        defaults.learn_launcher,
+        "start several processes that learn together, for example with "
+        "'torchrun --standalone --nproc-per-node 8'",
+        metavar="COMMAND",
+    )
     add(group, "--learn-threads", 0, "threads of learning; 0: all processors but one", type=int)
     add(group, "--learn-memory-bytes", 0, "memory that learning may take; 0: any", type=int)
     add(
@@ -254,6 +275,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         learn_memory_bytes=arguments.learn_memory_bytes,
         learn_nice=arguments.learn_nice,
         device=arguments.device,
+        learn_precision=arguments.learn_precision,
+        learn_deterministic=arguments.learn_deterministic,
+        learn_launcher=arguments.learn_launcher,
         keep_examples=arguments.keep_examples,
         limits=_limits(arguments),
         drain_seconds=arguments.drain_seconds,

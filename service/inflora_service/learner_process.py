@@ -44,7 +44,7 @@ UNHEALTHY_AFTER = 3
 STOP_SECONDS = 5.0
 """How long a worker may take to end by itself."""
 
-_EVENTS = frozenset({"ready", "prepared", "progress", "learned", "failed", "cancelled"})
+_EVENTS = frozenset({"ready", "prepared", "progress", "learned", "failed", "cancelled", "leaving"})
 
 _LINE_BYTES = 2**20
 
@@ -330,6 +330,8 @@ class LearnerProcess:
             self._ready.set()
             self._on_health(True)
             self._submit()
+        elif kind == "leaving":
+            self._ready.clear()  # the next job waits for the next worker
         elif self._job is None or task != self._job.task:
             log.debug("the learning worker sent news of a job that nobody waits for any more")
         elif kind == "progress":

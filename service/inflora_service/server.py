@@ -92,6 +92,10 @@ class Settings:
         learn_memory_bytes: Memory that the learning worker may take; 0: any.
         learn_nice: How far other processes come before the learning worker, 0 (not at all) to 19.
         device: What the learning worker learns on: ``auto``, ``cpu`` or ``cuda``.
+        learn_precision: What it multiplies matrices in while training: ``auto``, ``float32`` or
+            ``bfloat16``.
+        learn_deterministic: Whether a GPU gives the same bits twice, at a price in speed.
+        learn_launcher: What starts several workers that learn together; one, if empty.
         keep_examples: How long examples are kept once their task has ended.
         drain_seconds: How long running calls may take when the server stops.
         worker: How to start the learning worker; more arguments are appended.
@@ -115,6 +119,9 @@ class Settings:
     learn_memory_bytes: int = 0
     learn_nice: int = 10
     device: str = "auto"
+    learn_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    learn_deterministic: bool = False
+    learn_launcher: str = ""
     keep_examples: KeepExamples = "never"
     drain_seconds: float = 30.0
     worker: tuple[str, ...] = (sys.executable, "-m", "inflora_core.worker_start")
@@ -250,8 +257,11 @@ class Server:
         settings = self._settings
         return (
             *settings.worker,
+            *(("--launcher", settings.learn_launcher) if settings.learn_launcher else ()),
             *("--store", str(settings.store)),
             *("--device", settings.device),
+            *("--precision", settings.learn_precision),
+            *(("--deterministic",) if settings.learn_deterministic else ()),
             *("--threads", str(settings.learn_threads)),
             *("--memory-bytes", str(settings.learn_memory_bytes)),
             *("--nice", str(settings.learn_nice)),

@@ -17,19 +17,21 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from inflora_core.backbone import Backbone, build_backbone
+from inflora_core.backbone import Backbone
 from inflora_core.config import LearnConfig
 from inflora_core.export import export_template
 from inflora_core.graph import OUTPUTS, PIXELS, materialise, split
 from inflora_core.learner import learn_task
-from inflora_core.model import BackboneConfig, ContinualModel, LabelledImages, Learned, Stage
+from inflora_core.model import ContinualModel, LabelledImages, Learned
 from inflora_core.predictor import CPU, CUDA, Predictor, RuntimeOptions, processors
 from inflora_core.progress import Tracker
 from inflora_core.store import initial_layer
 from tests.benchmarks import accuracy as accuracy_benchmark
+from tests.benchmarks import learning as learning_benchmark
 from tests.benchmarks import stream
 from tests.benchmarks.accuracy import STREAM_BACKBONE
 from tests.benchmarks.checkout import ROOT, commit
+from tests.benchmarks.learning import random_backbone, random_images
 from tests.benchmarks.serving import figures, scene, steps
 
 OUT = ROOT / "build" / "gpu-report"
@@ -41,8 +43,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--architecture", default="vit_base_patch16_224")
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data"))
     parser.add_argument(
         "--table",
@@ -81,60 +81,26 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def learning(options: argparse.Namespace) -> dict[str, Any]:
-    """Images a second in every stage of one task, random weights and images."""
-    data = random_images(random_backbone(options), options.images, classes=10)
-    runs = []
-    for _ in range(3):
-        if options.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        backbone = random_backbone(options)
-        tracker = Tracker()
-        teach(backbone, data, LearnConfig(epochs=2, batch_size=options.batch), tracker)
-        runs.append(tracker.seconds)
-    seconds = {stage: float(np.median([run[stage] for run in runs])) for stage in runs[0]}
-    trained = 2 * int(options.images * 0.9)
-    return {
-        "architecture": options.architecture,
-        "training_images_per_second": trained / seconds[Stage.TRAINING],
-        "moment_images_per_second": trained / 2 / seconds[Stage.EXTENDING],
-        "stage_seconds": {stage.value: value for stage, value in seconds.items()},
-        "peak_gigabytes": (
-            torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else None
-        ),
-    }
-
-
-@torch.inference_mode()
-def bf16(options: argparse.Namespace) -> dict[str, Any]:
-    """How far bfloat16 autocast moves the features, and how much faster it is."""
-    backbone = random_backbone(options)
-    images = torch.from_numpy(random_images(backbone, options.batch, classes=1).images)
-    pixels = backbone.normalise(images.to(options.device))
-
-    def seconds(run: Callable[[], torch.Tensor]) -> float:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            run().sum().item()  # waits for the device
-            times.append(time.perf_counter() - start)
-        return float(np.median(times[1:]))
-
-    def autocast() -> torch.Tensor:
-        with torch.autocast(options.device, torch.bfloat16):
-            features: torch.Tensor = backbone.module(pixels).float()
-        return features
-
-    full, half = backbone.module(pixels), autocast()
-    return {
-        "cosine": float(torch.nn.functional.cosine_similarity(full, half).min()),
-        "speed_ratio": seconds(lambda: backbone.module(pixels)) / seconds(autocast),
-    }
+    """Steps and whole tasks, as ``make bench-learning`` measures them."""
+    command = [
+        "--device",
+        options.device,
+        "--parts",
+        "step",
+        "task",
+        "--out",
+        str(OUT / "learning"),
+    ]
+    found = learning_benchmark.main(command)
+    stages = {name: row.pop("stages") for name, row in found["task"].items()}
+    plain = {key: value for key, value in found.items() if not isinstance(value, dict)}
+    return plain | found["steps"] | found["task"] | {"seconds by stage": stages}
 
 
 def runs(options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a run by how it is made, and how far its answers are from the CPU's."""
     return {
-        architecture: runs_of(random_backbone(options, architecture), options)
+        architecture: runs_of(random_backbone(architecture, torch.device(options.device)), options)
         for architecture in ("deit_tiny_patch16_224", options.architecture)
     }
 
@@ -258,27 +224,6 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if key != "results"}
 
 
-def random_backbone(options: argparse.Namespace, architecture: str = "") -> Backbone:
-    """Return an architecture, that of the options if none is named, with random weights."""
-    import timm
-
-    torch.manual_seed(0)
-    name = architecture or options.architecture
-    weights = timm.create_model(name, num_classes=0).state_dict()
-    backbone = build_backbone(BackboneConfig(name, {}, {}), weights)
-    backbone.module.to(options.device)
-    return backbone
-
-
-def random_images(backbone: Backbone, count: int, classes: int) -> LabelledImages:
-    """Return ``count`` images of noise at model size."""
-    generator = np.random.default_rng(0)
-    size = backbone.preprocessing.height, backbone.preprocessing.width
-    images = generator.integers(0, 256, (count, *size, 3), np.uint8)
-    names = tuple(f"class {i}" for i in range(classes))
-    return LabelledImages(images, np.arange(count) % classes, names)
-
-
 def teach(
     backbone: Backbone, data: LabelledImages, config: LearnConfig, tracker: Tracker
 ) -> Learned:
@@ -336,7 +281,6 @@ def _rounded(value: Any) -> Any:
 STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "environment": environment,
     "learning": learning,
-    "bf16": bf16,
     "runs": runs,
     "server": server,
     "accuracy": accuracy,

@@ -34,13 +34,16 @@ Floats = NDArray[Any]
 
 METHOD = (
     "adapters",
+    "compute",
     "config",
+    "group",
     "heads",
     "learner",
     "memory",
     "merge",
     "model",
     "moments",
+    "sparing",
     "subspace",
     "training",
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from inflora_core.backbone import build_backbone, state_of
+from inflora_core.compute import Compute
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import DamagedError, StateError, UnsupportedBackboneError
 from inflora_core.images import decode
@@ -26,7 +29,6 @@ from inflora_core.worker import Worker
 from tests.core import tiny
 from tests.core.test_backbone import FAMILIES, write
 
-CPU = torch.device("cpu")
 SIDE = 40
 """Not the size of any family: preprocessing is part of what is compared."""
 EACH = 8
@@ -46,7 +48,7 @@ def learn(worker: Worker, folder: Path, number: int, labels: tuple[str, ...]) ->
 def test_a_family_is_taught_and_answers(family: str, tmp_path: Path) -> None:
     path = write(tmp_path / "weights.safetensors", FAMILIES[family])
     store = Store.open(tmp_path / "store")
-    worker = Worker(store, CPU, 1)
+    worker = Worker(store, Compute(), 1)
     worker.prepare(str(path), None)
     path.unlink()  # the store needs it no more
     for number, labels in enumerate(TASKS):
@@ -132,7 +134,7 @@ def test_another_kind_is_refused_with_the_reason(kind: str, tmp_path: Path) -> N
     name, args, reason = REFUSED[kind]
     path = write_module(tmp_path / "weights.safetensors", name, args, {"mean": [0.5] * 3})
     store = Store.open(tmp_path / "store")
-    worker = Worker(store, CPU, 1)
+    worker = Worker(store, Compute(), 1)
     with pytest.raises(UnsupportedBackboneError, match=reason) as caught:
         worker.prepare(str(path), None)
     assert caught.value.field == "backbone"
@@ -147,12 +149,12 @@ def test_a_convnet_is_refused_with_the_reason(data: dict[str, Any], tmp_path: Pa
     args = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}
     path = write_module(tmp_path / "weights.safetensors", "convnext_atto", args, data)
     with pytest.raises(UnsupportedBackboneError, match=r"ConvNeXt is not .* no attention"):
-        Worker(Store.open(tmp_path / "store"), CPU, 1).prepare(str(path), None)
+        Worker(Store.open(tmp_path / "store"), Compute(), 1).prepare(str(path), None)
 
 
 def test_the_same_worker_prepares_after_a_refusal(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "store")
-    worker = Worker(store, CPU, 1)
+    worker = Worker(store, Compute(), 1)
     (tmp_path / "empty.safetensors").write_bytes(b"")
     with pytest.raises(Exception, match=r"empty\.safetensors"):
         worker.prepare(str(tmp_path / "empty.safetensors"), None)
@@ -168,11 +170,11 @@ def test_the_same_worker_prepares_after_a_refusal(tmp_path: Path) -> None:
 def test_a_task_that_was_learned_is_not_learned_again(tmp_path: Path) -> None:
     """As after a crash between the version and the record of it; the spool may be gone by then."""
     store = Store.open(tmp_path / "store")
-    Worker(store, CPU, 1).prepare(str(tiny.write_backbone(tmp_path)), None)
+    Worker(store, Compute(), 1).prepare(str(tiny.write_backbone(tmp_path)), None)
     seen: list[Progress] = []
     tracker = Tracker(seen.append)
     spool = tiny.write_spool(tmp_path / "spool", TASKS[0], 4)
-    assert Worker(store, CPU, 1).learn("task", spool, CONFIG, None, tracker) == 1
+    assert Worker(store, Compute(), 1).learn("task", spool, CONFIG, None, tracker) == 1
     stages = list(dict.fromkeys(progress.stage for progress in seen))
     assert stages == list(Stage)
     fractions = [progress.fraction for progress in seen]
@@ -182,7 +184,7 @@ def test_a_task_that_was_learned_is_not_learned_again(tmp_path: Path) -> None:
 
     manifest = store.version(1)
     nowhere = tmp_path / "nowhere"
-    assert Worker(store, CPU, 1).learn("task", nowhere, CONFIG, None, Tracker()) == 1
+    assert Worker(store, Compute(), 1).learn("task", nowhere, CONFIG, None, Tracker()) == 1
     assert store.numbers() == [1]
     assert store.version(1) == manifest
     assert len(list(read_spool(spool))) == 8
@@ -191,7 +193,7 @@ def test_a_task_that_was_learned_is_not_learned_again(tmp_path: Path) -> None:
 def test_a_file_is_rebuilt_byte_for_byte(tmp_path: Path) -> None:
     """``model.onnx`` is derived: lost or damaged, it is made again from what is kept."""
     store = Store.open(tmp_path / "store")
-    worker = Worker(store, CPU, 1)
+    worker = Worker(store, Compute(), 1)
     worker.prepare(str(tiny.write_backbone(tmp_path)), None)
     for number, labels in enumerate(TASKS):
         learn(worker, tmp_path, number, labels)
@@ -217,7 +219,7 @@ def test_a_file_is_rebuilt_byte_for_byte(tmp_path: Path) -> None:
 def test_a_worker_learns_on_any_version(tmp_path: Path) -> None:
     """After a rollback the next task's parent is not the newest; a fresh worker does the same."""
     store = Store.open(tmp_path / "store")
-    warm = Worker(store, CPU, 1)
+    warm = Worker(store, Compute(), 1)
     warm.prepare(str(tiny.write_backbone(tmp_path)), None)
     spools = [
         tiny.write_spool(tmp_path / str(i), labels, 5)
@@ -230,8 +232,42 @@ def test_a_worker_learns_on_any_version(tmp_path: Path) -> None:
     assert teach(warm, "first", 0, None) == 1
     assert teach(warm, "second", 1, 1) == 2
     assert teach(warm, "branch", 2, 1) == 3
-    assert teach(Worker(store, CPU, 1), "branch again", 2, 1) == 4
+    assert teach(Worker(store, Compute(), 1), "branch again", 2, 1) == 4
     assert [store.version(n).parent for n in (1, 2, 3, 4)] == [None, 1, 1, 1]
     for name in ("factors.safetensors", "head.safetensors", "memory.safetensors"):
         entries = [store.version(n).file(name) for n in (3, 4)]
         assert entries[0] == entries[1], "being warm makes no difference"
+
+
+def test_a_seed_decides_every_byte_of_a_version(tmp_path: Path) -> None:
+    """In two stores, by two workers; only what is told of the time it took may differ."""
+    kept = []
+    for side in ("left", "right"):
+        store = Store.open(tmp_path / side / "store")
+        worker = Worker(store, Compute(), 1)
+        (tmp_path / side).mkdir(exist_ok=True)
+        worker.prepare(str(tiny.write_backbone(tmp_path / side)), None)
+        for number, labels in enumerate(TASKS):
+            assert learn(worker, tmp_path / side, number, labels) == number + 1
+        versions = store.path(1, ONNX_FILE).parents[1]
+        files = [path for path in sorted(versions.rglob("*")) if path.is_file()]
+        kept.append(
+            {
+                path.relative_to(versions): path.read_bytes()
+                for path in files
+                if not path.name.startswith("manifest.")
+            }
+        )
+        manifests = [store.version(number) for number in (1, 2)]
+        kept[-1] |= {Path(f"manifest-{i}"): timeless(x) for i, x in enumerate(manifests)}
+    left, right = kept
+    assert len(left) >= 2 * 5
+    assert left == right
+
+
+def timeless(version: Version) -> bytes:
+    """Return a version's manifest without times."""
+    assert version.report is not None
+    report = replace(version.report, stage_seconds={})
+    epoch = datetime.fromtimestamp(0, UTC)
+    return repr(replace(version, report=report, create_time=epoch)).encode()

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from scipy import stats
 
 from inflora_core import canary, gate
+from inflora_core.compute import Compute
 from inflora_core.config import Gate, LearnConfig, Limits
 from inflora_core.errors import DamagedError
 from inflora_core.gate import Canaries
@@ -319,7 +319,7 @@ def test_one_class_alone_is_no_evidence_before_there_are_others(school: School) 
 def store_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one version, which knows LABELS."""
     folder = tmp_path_factory.mktemp("four")
-    worker = Worker(Store.open(folder / "store"), torch.device("cpu"), 1)
+    worker = Worker(Store.open(folder / "store"), Compute(), 1)
     worker.prepare(str(tiny.write_backbone(folder)), None)
     worker.learn("old", tiny.write_spool(folder / "old", LABELS, 20), CONFIG, None, Tracker())
     return folder / "store"
@@ -331,7 +331,7 @@ def store(store_of_four: Path, tmp_path: Path) -> Store:
 
 
 def test_the_worker_makes_a_candidate_of_what_is_held_back(store: Store, tmp_path: Path) -> None:
-    worker = Worker(store, torch.device("cpu"), 1)
+    worker = Worker(store, Compute(), 1)
     assert not store.version(1).candidate
     with SpoolWriter(tmp_path / "mixed up") as mixed_up:
         order = np.random.default_rng(0).permutation(80)
@@ -512,7 +512,7 @@ def test_damage_to_canary_images_is_noticed(data: Any) -> None:
 
 
 def test_the_worker_measures_what_old_classes_lose(store: Store, tmp_path: Path) -> None:
-    worker = Worker(store, torch.device("cpu"), 1)
+    worker = Worker(store, Compute(), 1)
     old = store.version(1).classes
     for entry in old[:3]:
         canary.keep(store.root, entry.key, [tiny.png(entry.label, 50 + i) for i in range(9)])
@@ -542,7 +542,7 @@ def test_the_worker_measures_what_old_classes_lose(store: Store, tmp_path: Path)
 
 
 def test_canary_images_that_show_a_loss_hold_a_version_back(store: Store, tmp_path: Path) -> None:
-    worker = Worker(store, torch.device("cpu"), 1)
+    worker = Worker(store, Compute(), 1)
     images = [tiny.png("red", 50 + i) for i in range(30)]
     canary.keep(store.root, store.version(1).classes[0].key, images)
     with SpoolWriter(tmp_path / "stolen") as stolen:  # a known class under another name

@@ -229,7 +229,7 @@ def test_what_is_kept_of_the_images_is_of_the_merged_model(
     set_weights(backbone, learned.model)
     layers = {name: backbone.qkv(name) for name in backbone.config.layers}
     with torch.inference_mode(), record_moments(layers) as moments:
-        backbone.module(backbone.normalise(train.pixels))
+        backbone.module(backbone.normalise(train.loaded()))
     with torch.inference_mode():
         features = backbone.module(backbone.normalise(torch.from_numpy(data.images)))
     columns = [i for i, entry in enumerate(learned.model.classes) if entry.task == f"task-{task}"]
@@ -365,7 +365,7 @@ def test_held_out_images_are_apart_from_training(
     labels = np.random.default_rng(0).permutation(labels)
     pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, 3)
     train, held_out = split(pixels, labels, share, seed, CPU)
-    left, right = (set(part.pixels[:, 0, 0, 0].tolist()) for part in (train, held_out))
+    left, right = (set(part.loaded()[:, 0, 0, 0].tolist()) for part in (train, held_out))
     assert not left & right
     assert left | right == set(range(len(labels)))
     assert Counter(held_out.labels.tolist()) == Counter(
@@ -373,7 +373,7 @@ def test_held_out_images_are_apart_from_training(
     )
     assert set(train.labels.tolist()) == set(range(len(counts))), "each class is trained on"
     for part in (train, held_out):
-        assert part.labels.tolist() == labels[part.pixels[:, 0, 0, 0].numpy()].tolist()
+        assert part.labels.tolist() == labels[part.loaded()[:, 0, 0, 0].numpy()].tolist()
 
 
 def test_held_out_images_influence_nothing_but_the_statistics(
@@ -385,7 +385,7 @@ def test_held_out_images_influence_nothing_but_the_statistics(
     hidden = [
         i
         for i, image in enumerate(data.images)
-        if (held_out.pixels.numpy() == image).all((1, 2, 3)).any()
+        if (held_out.loaded().numpy() == image).all((1, 2, 3)).any()
     ]
     assert len(hidden) == len(held_out) == 4
     changed = data.images.copy()

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from inflora_core import edits
+from inflora_core.compute import Compute
 from inflora_core.config import LearnConfig
 from inflora_core.errors import CancelledError, NotFoundError
 from inflora_core.graph import read_metadata
@@ -25,7 +25,7 @@ Notify = Callable[[Progress], None]
 
 
 def worker_of(store: Store) -> Worker:
-    return Worker(store, torch.device("cpu"), 1)
+    return Worker(store, Compute(), 1)
 
 
 def learn(worker: Worker, folder: Path, task: str, parent: int | None, *labels: str) -> int:
@@ -97,10 +97,10 @@ def test_an_alias_means_its_class(store: Store, tmp_path: Path) -> None:
     worker = worker_of(store)
     worker.edit("alias", ClassUpdate("blue", None, ("cyan",)), 2, Tracker())
     spool = tiny.write_spool(tmp_path / "mixed", ("white", "cyan", "blue"), 2)
-    data, _, meant = worker._decode(spool, worker._load(), worker._state(3), Tracker())
-    assert data.names == ("white", "blue")
-    assert meant == {"white": "white", "cyan": "blue", "blue": "blue"}
-    assert data.labels.tolist() == [0, 0, 1, 1, 1, 1]
+    examples = worker._decode(spool, worker._load(), worker._state(3), Tracker())
+    assert examples.data.names == ("white", "blue")
+    assert examples.meant == {"white": "white", "cyan": "blue", "blue": "blue"}
+    assert examples.data.labels.tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_held_out_images_are_counted_under_the_name_they_came_with(

@@ -5,8 +5,10 @@ Tolerances are those that the recording's README suggests for float64 linear alg
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.testing import assert_allclose
 from torch import nn
 
 from inflora_core.backbone import Backbone, build_backbone
+from inflora_core.compute import Compute
 from inflora_core.config import LearnConfig, preset
 from inflora_core.learner import learn_task, load_weights, logits_of
 from inflora_core.merge import product
@@ -29,6 +32,7 @@ from inflora_core.model import (
 from inflora_core.progress import Tracker
 from inflora_core.store import initial_layer
 from inflora_core.training import learning_rate_at
+from tests.core.torchrun import torchrun
 
 TASKS = range(5)
 LAYERS = [f"blocks.{i}.attn" for i in range(3)]
@@ -66,7 +70,11 @@ def golden_backbone(golden: Mapping[str, Any]) -> Backbone:
 
 @pytest.fixture(scope="module")
 def run(vit_learner: Mapping[str, Any]) -> Run:
-    golden = vit_learner
+    return learn_recording(vit_learner, Compute())
+
+
+def learn_recording(golden: Mapping[str, Any], compute: Compute) -> Run:
+    """Learn what the published code learned."""
     config = preset("published").updated(
         rank=int(golden["hyper/rank"]),
         epochs=int(golden["hyper/epochs"]),
@@ -96,7 +104,9 @@ def run(vit_learner: Mapping[str, Any]) -> Run:
             }
         )
         tracker = Tracker()
-        learned = learn_task(model, backbone, data, f"task{t}", config, tracker, head)
+        learned = learn_task(
+            model, backbone, data, f"task{t}", config, tracker, head, compute=compute
+        )
         model = learned.model
         load_weights(backbone, model)
         with torch.no_grad():
@@ -173,3 +183,19 @@ def test_leak_is_rounding_and_stages_are_measured(run: Run) -> None:
     largest = [recorded.learned.report.interference for recorded in run.tasks]
     assert largest[0] == 0
     assert all(0.05 < value < 0.3 for value in largest[1:])
+
+
+def test_two_processes_learn_it_alike(run: Run, tmp_path: Path) -> None:
+    """Merged weights, memories and heads of two Gloo processes are those of one."""
+    torchrun(2, "tests.golden.group_member", str(tmp_path / "models"))
+    together = pickle.loads((tmp_path / "models").read_bytes())
+    for recorded, model in zip(run.tasks, together, strict=True):
+        alone = recorded.learned.model
+        for name, layer in alone.layers.items():
+            other = model.layers[name]
+            assert_allclose(other.key_value, layer.key_value, atol=1e-4)
+            assert other.protected == layer.protected
+            memory, also = (x.basis[:, : x.protected].astype(np.float64) for x in (layer, other))
+            assert np.linalg.norm(memory @ memory.T - also @ also.T, 2) < 1e-4
+        assert_allclose(model.head_weight, alone.head_weight, atol=1e-4)
+        assert_allclose(model.head_bias, alone.head_bias, atol=1e-4)

@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--script", required=True)
     parser.add_argument("--store", required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--precision", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--memory-bytes", type=int, required=True)
     parser.add_argument("--nice", type=int, required=True)

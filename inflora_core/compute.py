@@ -1,0 +1,95 @@
+"""What the learner computes with: device, precision, other processes, what fits in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import torch
+
+from inflora_core.group import Group
+from inflora_core.predictor import NO_MEMORY
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass
+class Compute:
+    """How a task is computed; the result is the same within rounding, whatever it says.
+
+    Attributes:
+        device: Where the backbone is.
+        half: Whether matrices are multiplied in bfloat16 while training. All that is summed up or
+            kept (moments, features, gradients, A_t, heads) stays in float32 or better.
+        group: Who learns along.
+        most: Images at a time that are known to fit in memory; lowered where they do not.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    half: bool = False
+    group: Group = field(default_factory=Group)
+    most: int = 2**31
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context that training multiplies matrices in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    def in_parts(self, count: int, run: Callable[[Sequence[slice]], T], at_most: int = 2**31) -> T:
+        """Return what ``run`` makes of ``count`` rows, given to it in parts that fit in memory.
+
+        When memory runs out, the parts become half as large, and ``run`` begins anew: it must not
+        count twice what an attempt that broke off had done.
+
+        Args:
+            count: Rows; with none, there is no part.
+            run: Called with the parts, in order.
+            at_most: Rows of a part.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: not even one row fits.
+        """
+        while True:
+            size = max(min(self.most, at_most, count), 1)
+            parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+            try:
+                return run(parts)
+            except (MemoryError, RuntimeError) as error:
+                if size == 1 or not is_memory_error(error):
+                    raise
+                log.warning("%d images at a time do not fit in memory: %s", size, str(error)[:200])
+            # Here, after the error's frames and what they hold are gone.
+            self.most = size // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Tell want of memory from other errors; on CPUs, torch has no type of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(
+        NO_MEMORY.search(str(error))
+    )
+
+
+def halves(precision: Precision, device: torch.device) -> bool:
+    """Return whether to multiply in bfloat16: where it is asked for, or the hardware does it."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return _processor_multiplies_bfloat16()
+
+
+def _processor_multiplies_bfloat16() -> bool:
+    # Others emulate it, at a fraction of the speed of float32.
+    known = (getattr(torch.cpu, name, None) for name in _BFLOAT16_PROBES)
+    return any(probe() for probe in known if probe is not None)
+
+
+_BFLOAT16_PROBES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -1,0 +1,221 @@
+"""Parts that fit in memory, losses read late, coarser arithmetic: the same within rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from inflora_core.backbone import Backbone
+from inflora_core.compute import Compute, halves
+from inflora_core.config import LearnConfig
+from inflora_core.errors import InvalidInputError
+from inflora_core.learner import learn_task
+from inflora_core.merge import product
+from inflora_core.model import ContinualModel, Learned
+from inflora_core.progress import Tracker
+from inflora_core.training import Losses
+from tests.core import tiny
+
+CPU = torch.device("cpu")
+CONFIG = LearnConfig(rank=4, epochs=2, batch_size=8, learning_rate=5e-3, held_out_share=0.25)
+
+
+@given(st.integers(0, 50), st.integers(1, 60), st.integers(1, 60))
+def test_parts_become_smaller_until_they_fit(count: int, fits: int, at_most: int) -> None:
+    compute = Compute()
+    done: list[slice] = []
+
+    def run(parts: Sequence[slice]) -> str:
+        done.clear()
+        for part in parts:
+            if part.stop - part.start > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            done.append(part)
+        return "done"
+
+    assert compute.in_parts(count, run, at_most) == "done"
+    assert [i for part in done for i in range(count)[part]] == list(range(count))
+    largest = max((part.stop - part.start for part in done), default=0)
+    assert largest <= min(fits, at_most)
+    assert largest >= min(fits, at_most, count) // 2, "no smaller than it has to be"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr
+)
+def test_not_even_one_row_fits(error: Exception) -> None:
+    def run(parts: Sequence[slice]) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        Compute().in_parts(5, run)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory() -> None:
+    attempts = []
+
+    def run(parts: Sequence[slice]) -> None:
+        attempts.append(parts)
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Compute().in_parts(5, run)
+    assert len(attempts) == 1
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return tiny.make_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module")
+def before(backbone: Backbone) -> ContinualModel:
+    return teach(tiny.untaught(backbone), backbone, ["red", "green"], Compute()).model
+
+
+def teach(
+    model: ContinualModel, backbone: Backbone, labels: list[str], compute: Compute
+) -> Learned:
+    data = tiny.images(labels, 15)
+    return learn_task(model, backbone, data, labels[0], CONFIG, Tracker(), compute=compute)
+
+
+@pytest.fixture(scope="module")
+def whole(before: ContinualModel, backbone: Backbone) -> Learned:
+    return teach(before, backbone, ["blue", "white"], Compute())
+
+
+@contextmanager
+def room_for(backbone: Backbone, images: int) -> Iterator[list[int]]:
+    """Have the second block run out of memory with more images, when the first is through."""
+    tried = []
+
+    def refuse(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        tried.append(len(args[0]))
+        if len(args[0]) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = backbone.module.get_submodule("blocks.1").register_forward_pre_hook(refuse)
+    try:
+        yield tried
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 7])
+def test_little_memory_gives_the_same_result(
+    before: ContinualModel, backbone: Backbone, whole: Learned, images: int
+) -> None:
+    compute = Compute()
+    with room_for(backbone, images) as tried:
+        learned = teach(before, backbone, ["blue", "white"], compute)
+    assert max(tried) > images, "it was tried"
+    assert max(tried[10:]) <= images, "and remembered"
+    assert_alike(learned, whole, 1e-4)
+
+
+def test_a_task_without_room_for_one_image_ends_with_the_reason(
+    before: ContinualModel, backbone: Backbone, whole: Learned
+) -> None:
+    with room_for(backbone, 0), pytest.raises(torch.OutOfMemoryError):
+        teach(before, backbone, ["blue", "white"], Compute())
+    assert_alike(teach(before, backbone, ["blue", "white"], Compute()), whole, 0)
+
+
+def assert_alike(left: Learned, right: Learned, atol: float) -> None:
+    """Compare merged weights, memories, statistics and heads."""
+    for name, layer in left.model.layers.items():
+        other = right.model.layers[name]
+        np.testing.assert_allclose(layer.key_value, other.key_value, atol=atol)
+        np.testing.assert_allclose(layer.moment, other.moment, atol=atol)
+        assert (layer.protected, layer.tokens) == (other.protected, other.tokens)
+        kept, also = (x.basis[:, : x.protected] for x in (layer, other))
+        np.testing.assert_allclose(kept @ kept.T, also @ also.T, atol=10 * atol)
+    np.testing.assert_allclose(left.model.class_means, right.model.class_means, atol=atol)
+    np.testing.assert_allclose(
+        left.model.head_weight, right.model.head_weight, rtol=10 * atol, atol=10 * atol
+    )
+
+
+def test_bfloat16_learns_nearly_the_same(
+    before: ContinualModel, backbone: Backbone, whole: Learned
+) -> None:
+    learned = teach(before, backbone, ["blue", "white"], Compute(half=True))
+    for name, factors in learned.factors.items():
+        assert factors.expansion.dtype == np.float32
+        mine, theirs = product(factors), product(whole.factors[name])
+        cosine = (mine * theirs).sum() / np.linalg.norm(mine) / np.linalg.norm(theirs)
+        assert cosine > 0.9
+    assert learned.report.leak < 1e-4, "the reduction is not rounded, and the weights are not"
+    assert learned.report.training_accuracy >= whole.report.training_accuracy - 0.1
+    # What is measured of the images is measured in float32.
+    means, theirs = learned.model.class_means, whole.model.class_means
+    assert np.abs(means - theirs).max() < 0.05 * np.abs(theirs).max()
+
+
+def test_what_is_asked_for_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert halves("bfloat16", CPU)
+    assert not halves("float32", CPU)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert not halves("auto", CPU)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert halves("auto", CPU)
+
+
+@given(st.lists(st.floats(0, 100, width=32), max_size=20))
+def test_losses_come_in_order(values: list[float]) -> None:
+    losses = Losses()
+    for count, value in enumerate(values, 1):
+        losses.add(torch.tensor(value))
+        losses.look()
+        assert losses.known == values[:count]
+    losses.look(wait=True)
+    assert losses.known == values
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_training(bad: float) -> None:
+    losses = Losses()
+    losses.add(torch.tensor(bad))
+    with pytest.raises(InvalidInputError, match=r"diverged: in step 1 .* lower learning rate"):
+        losses.look()
+
+
+def test_a_gpu_is_not_waited_for(backbone: Backbone, before: ContinualModel) -> None:
+    """Within an epoch nothing synchronises with the device."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here")
+    import timm  # noqa: F401
+
+    from inflora_core import training
+
+    device = torch.device("cuda")
+    original: Callable[..., Any] = training.differentiate
+    calls = []
+
+    def watched(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            calls.append(1)
+            return original(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    backbone.module.to(device)
+    training.differentiate = watched
+    try:
+        teach(before, backbone, ["blue", "white"], Compute(device))
+    finally:
+        training.differentiate = original
+        backbone.module.cpu()
+    assert calls

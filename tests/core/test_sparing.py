@@ -1,0 +1,76 @@
+"""The last block for the class token alone: the same features and gradients, and less work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inflora_core.adapters import adapted
+from inflora_core.backbone import Backbone, create_backbone
+from inflora_core.sparing import sparing
+from tests.core.test_backbone import FAMILIES, write
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    folder = tmp_path_factory.mktemp("family")
+    return create_backbone(str(write(folder / "weights.safetensors", FAMILIES[request.param])))
+
+
+def images(backbone: Backbone) -> Tensor:
+    size = backbone.preprocessing.height, backbone.preprocessing.width
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, *size, 3), dtype=torch.uint8, generator=generator)
+
+
+def test_features_and_gradients_are_those_of_timm(family: Backbone) -> None:
+    pixels = images(family)
+    found = []
+    for context in (None, sparing(family.module)):
+        reductions = {
+            name: torch.eye(family.qkv(name).get_parameter("weight").shape[1])[:3]
+            for name in family.config.layers
+        }
+        with adapted(family.layers, reductions) as branches:
+            for branch in branches.values():
+                branch.expansion.data.fill_(0.01)
+            if context is None:
+                features = family.module(family.normalise(pixels))
+            else:
+                with context:
+                    features = family.module(family.normalise(pixels))
+            features.square().sum().backward()
+            found.append([features.detach(), *(b.expansion.grad for b in branches.values())])
+    for plain, spared in zip(*found, strict=True):
+        assert torch.allclose(plain, spared, atol=1e-4 * float(plain.abs().max()))
+
+
+def test_fewer_tokens_go_through_the_last_block(tmp_path: Path) -> None:
+    backbone = create_backbone(str(write(tmp_path / "weights.safetensors", FAMILIES["vit"])))
+    seen: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].shape[1])
+
+    blocks = backbone.module.get_submodule("blocks")
+    last = list(blocks.children())[-1]
+    last.get_submodule("mlp").register_forward_pre_hook(count)
+    with torch.no_grad():
+        plain = backbone.module(backbone.normalise(images(backbone)))
+        spared = backbone.features(images(backbone))
+        again = backbone.module(backbone.normalise(images(backbone)))
+    assert seen[0] == seen[2] > 1
+    assert seen[1] == 1
+    assert torch.equal(plain, again)
+    assert torch.allclose(plain, spared, atol=1e-5)
+
+
+def test_a_pass_that_fails_leaves_the_block_as_it_was(tmp_path: Path) -> None:
+    backbone = create_backbone(str(write(tmp_path / "weights.safetensors", FAMILIES["vit"])))
+    block = list(backbone.module.get_submodule("blocks").children())[-1]
+    with pytest.raises((AssertionError, RuntimeError)):
+        backbone.features(torch.zeros((1, 5, 5, 3), dtype=torch.uint8))
+    assert "forward" not in vars(block)
