@@ -51,8 +51,14 @@ def apart() -> Iterator[None]:
             _inside.remove(this)
             if not _inside:
                 _set(c, _MMAP_THRESHOLD, _USUAL)
+        give_back()
+
+
+def give_back() -> None:
+    """Give the system back what is free."""
+    if os.name == "posix":
         with suppress(AttributeError):
-            c.malloc_trim(0)
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set(c: ctypes.CDLL, parameter: int, value: int) -> None:

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from inflora_core import allocator
 from inflora_core.group import Group
 from inflora_core.predictor import NO_MEMORY
 
@@ -66,6 +67,7 @@ class Compute:
                 log.warning("%d images at a time do not fit in memory: %s", size, str(error)[:200])
             # Here, after the error's frames and what they hold are gone.
             self.most = size // 2
+            allocator.give_back()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -289,6 +289,7 @@ def test_a_task_that_takes_more_memory_than_it_may(folder: Path) -> None:
         assert error is not None
         assert (caught.value.task.state, error.code) == (TaskState.FAILED, "RESOURCE_EXHAUSTED")
         assert "memory" in error.message
+        assert "4096 images at a time do not fit in memory" in server.log.read_text()
         assert client.wait(client.learn(few)).state is TaskState.PUBLISHED
 
 
