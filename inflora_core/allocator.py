@@ -54,6 +54,12 @@ def apart() -> Iterator[None]:
         give_back()
 
 
+def keep_apart() -> None:
+    """Allocate like that for as long as this process lives."""
+    if os.name == "posix":
+        _set(ctypes.CDLL(None), _MMAP_THRESHOLD, _FOR_GOOD)
+
+
 def give_back() -> None:
     """Give the system back what is free."""
     if os.name == "posix":
