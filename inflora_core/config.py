@@ -49,6 +49,9 @@ class LearnConfig(BaseModel):
     shuffle: bool = True
     """Visit the images in a new order in every epoch; without, in the order they came."""
     held_out_share: float = Field(0.1, ge=0, le=0.5)
+    design_images: int = Field(128, ge=1)
+    """Training images, of every class its share, that B_t is designed from, and the head that A_t
+    is trained against. All of them are measured once A_t is trained."""
     augmentation: Literal["none", "flip"] = "none"
     """``flip``: mirror half of the training images, anew in every epoch."""
     criterion: Criterion = "code"
@@ -114,6 +117,7 @@ _PUBLISHED = LearnConfig(
     expected_tasks=10,
     head="trained",
     held_out_share=0.0,
+    design_images=2**31,
 )
 
 PRESETS: dict[str, LearnConfig] = {

@@ -6,6 +6,7 @@ from the published code.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,9 @@ from inflora_core.training import (
     train_expansions,
 )
 
+FEW_OF_A_CLASS = 5
+"""Images by which a class's mean can be told from an image."""
+
 LITTLE_CAPACITY = 0.1
 """Free share of all dimensions below which a task's report warns."""
 
@@ -114,18 +118,22 @@ def learn_task(
     load_weights(backbone, before)
 
     tracker.start(Stage.DESIGNING)
-    moments, seen = measure(backbone, train, config.batch_size, compute, tracker)
+    labels, held_out_labels = (part.labels.cpu().numpy() for part in (train, held_out))
+    few = some_of_each(labels, config.design_images)
+    moments, seen = measure(
+        backbone, train.at(torch.from_numpy(few)), config.batch_size, compute, tracker
+    )
     reductions = compute.group.told(
         {
             name: memory.design(moments[name].mean, config.rank, config.criterion).cpu()
             for name, memory in memories.items()
         }
     )
-    labels, held_out_labels = (part.labels.cpu().numpy() for part in (train, held_out))
-    untrained = ClassStatistics.of(before).with_images(seen, labels, len(classes))
-    left_out = each_left_out(untrained, seen, labels)
+    untrained = ClassStatistics.of(before).with_images(seen, labels[few], len(classes))
+    left_out = each_left_out(untrained, seen, labels[few])
     lesson = prepare(
-        before, untrained, left_out, backbone, train, held_out, seen, config, initial_head, compute
+        *(before, untrained, left_out, backbone, train, held_out),
+        *((seen, labels[few]), config, initial_head, compute),
     )
 
     with adapted(backbone.layers, reductions) as branches:
@@ -160,7 +168,7 @@ def learn_task(
     )
     load_weights(backbone, merged)
     unseen = features_of(backbone, held_out, config.batch_size, compute)
-    old = ClassStatistics.of(before).drifted(seen, features)
+    old = ClassStatistics.of(before).drifted(seen, features[few])
     statistics = old.with_images(features, labels, len(classes))
     trained = appended(before, lesson.head) if config.head == "trained" else None
     examined = examine(
@@ -253,7 +261,7 @@ def prepare(
     backbone: Backbone,
     train: Images,
     held_out: Images,
-    seen: Array,
+    measured: tuple[Array, Array],
     config: LearnConfig,
     initial_head: nn.Linear | None,
     compute: Compute,
@@ -268,12 +276,12 @@ def prepare(
 
     Args:
         before: What is known.
-        statistics: Of all classes, with ``train``.
-        left_out: Logits and classes of its images, from ``each_left_out``.
+        statistics: Of all classes, with some of ``train``.
+        left_out: Logits and classes of those images, from ``each_left_out``.
         backbone: With the weights that ``statistics`` were measured with.
         train: Labels are positions among all classes.
         held_out: The same.
-        seen: (n, e) features of ``train``.
+        measured: Features (m, e) and classes (m,) of those images.
         config: Settings.
         initial_head: What a head as published starts from.
         compute: How to compute it.
@@ -282,7 +290,7 @@ def prepare(
     if config.head == "trained":
         first = len(before.classes)
         new = len(statistics.means) - first
-        head = initial_head or random_head(seen.shape[1], new, config.seed)
+        head = initial_head or random_head(backbone.config.embedding_size, new, config.seed)
         return Lesson(
             head.to(device),
             replace(train, labels=train.labels - first),
@@ -291,15 +299,15 @@ def prepare(
     if len(statistics.means) == 1:
         # A softmax over one class has no gradient. The first class of all is told from its own
         # images upside down; later ones are told from the classes that are known.
-        labels = train.labels.cpu().numpy()
         train, held_out = train.with_upside_down(1), held_out.with_upside_down(1)
-        turned = train.at(slice(len(labels), None))
+        turned = train.at(slice(len(train) // 2, None))
+        turned = turned.at(slice(config.design_images))
         statistics = statistics.with_images(
             features_of(backbone, turned, config.batch_size, compute),
             turned.labels.cpu().numpy(),
             2,
         )
-        left_out = each_left_out(statistics, seen, labels)
+        left_out = each_left_out(statistics, *measured)
     logits, positions = left_out
     temperature = TEMPERATURE
     if len(positions):
@@ -320,6 +328,20 @@ def measure(
         features = features_of(backbone, images, batch_size, compute, tracker.step, moments)
     moments.sum(compute.group)
     return moments, features
+
+
+def some_of_each(labels: Array, count: int) -> Array:
+    """Return which images to take, (m,) int64 ascending: of every class its share of ``count``.
+
+    And of a small class more than that, as far as it has ``FEW_OF_A_CLASS``.
+    """
+    share = min(count / max(len(labels), 1), 1.0)
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        wanted = min(max(math.ceil(share * len(members)), FEW_OF_A_CLASS), len(members))
+        chosen.append(members[np.arange(wanted) * len(members) // wanted])
+    return np.sort(np.concatenate(chosen))
 
 
 @torch.no_grad()

@@ -189,7 +189,8 @@ def train_expansions(
             *(branch.reduction for branch in branches.values()),
             *expansions,
             *head.state_dict().values(),
-            # Pixels are covered by the reductions, which follow from them to the last bit.
+            # Pixels are those of the spool that the checkpoint lies in; the reductions follow from
+            # some of them, to the last bit.
             *(images.labels, held_out.labels),
         ],
     )
@@ -197,7 +198,7 @@ def train_expansions(
         training.restore(saved)
     while len(tracker.losses) < tracker.epochs and not watch.over:
         epoch = len(tracker.losses)
-        losses = Losses()
+        losses = Losses(epoch)
         tracker.losses.append(losses.known)
         for step, batch in enumerate(batches(images, config, generator)):
             done = (epoch + step / steps) / tracker.epochs
@@ -288,8 +289,10 @@ class Losses:
         known: Those that the device is done with, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int) -> None:
         self.known: list[float] = []
+        self._epoch = epoch
+        self._on_gpu = False
         self._coming: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, loss: Tensor) -> None:
@@ -299,13 +302,15 @@ class Losses:
             host = torch.empty((), dtype=loss.dtype, pin_memory=True)
             loss, arrived = host.copy_(loss, non_blocking=True), torch.cuda.Event()
             arrived.record()
+            self._on_gpu = True
         self._coming.append((loss, arrived))
 
     def look(self, *, wait: bool = False) -> None:
         """Take in what has arrived; all, if ``wait``.
 
         Raises:
-            InvalidInputError: a loss is NaN or infinite.
+            InvalidInputError: a loss is NaN or infinite. On a GPU that is told only after ``wait``:
+                all processes of a group must find it at the same step.
         """
         while self._coming:
             loss, arrived = self._coming[0]
@@ -313,11 +318,12 @@ class Losses:
                 if wait:
                     arrived.synchronize()
                 elif not arrived.query():
-                    return
+                    break
             self.known.append(loss.item())
             self._coming.popleft()
-            if not math.isfinite(self.known[-1]):
-                raise diverged(f"in step {len(self.known)} of an epoch, the loss is {loss.item()}")
+        bad = [loss for loss in self.known if not math.isfinite(loss)]
+        if bad and (wait or not self._on_gpu):
+            raise diverged(f"in epoch {self._epoch + 1}, the loss is {bad[0]}")
 
 
 def diverged(how: str) -> InvalidInputError:

@@ -93,7 +93,7 @@ _LIMITS = Limits()
 PROGRESS_SECONDS = 0.1
 """Least time between two reports of the same stage and epoch."""
 
-PARITY_IMAGES = 32
+PARITY_IMAGES = 16
 """Images of a task on which ONNX and torch are compared: enough to see any error of the merge."""
 
 

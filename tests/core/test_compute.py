@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +20,15 @@ from torch import Tensor
 
 from inflora_core.backbone import Backbone
 from inflora_core.compute import Compute, halves
-from inflora_core.config import LearnConfig
+from inflora_core.config import Gate, LearnConfig
 from inflora_core.errors import InvalidInputError
 from inflora_core.learner import learn_task
 from inflora_core.merge import product
 from inflora_core.model import ContinualModel, Learned
 from inflora_core.progress import Tracker
+from inflora_core.store import Store
 from inflora_core.training import Losses
+from inflora_core.worker import Channel, Worker, serve
 from tests.core import tiny
 
 CPU = torch.device("cpu")
@@ -174,7 +180,7 @@ def test_what_is_asked_for_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(st.lists(st.floats(0, 100, width=32), max_size=20))
 def test_losses_come_in_order(values: list[float]) -> None:
-    losses = Losses()
+    losses = Losses(2)
     for count, value in enumerate(values, 1):
         losses.add(torch.tensor(value))
         losses.look()
@@ -185,9 +191,9 @@ def test_losses_come_in_order(values: list[float]) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_training(bad: float) -> None:
-    losses = Losses()
+    losses = Losses(2)
     losses.add(torch.tensor(bad))
-    with pytest.raises(InvalidInputError, match=r"diverged: in step 1 .* lower learning rate"):
+    with pytest.raises(InvalidInputError, match=r"diverged: in epoch 3, .* lower learning rate"):
         losses.look()
 
 
@@ -195,8 +201,6 @@ def test_a_gpu_is_not_waited_for(backbone: Backbone, before: ContinualModel) -> 
     """Within an epoch nothing synchronises with the device."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")
-    import timm  # noqa: F401
-
     from inflora_core import training
 
     device = torch.device("cuda")
@@ -219,3 +223,37 @@ def test_a_gpu_is_not_waited_for(backbone: Backbone, before: ContinualModel) -> 
         training.differentiate = original
         backbone.module.cpu()
     assert calls
+
+
+def test_the_worker_tells_of_memory_and_takes_the_next_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one image fits: the task fails with the reason, and the process goes on."""
+    store = Store.open(tmp_path / "store")
+    worker = Worker(store, Compute(), 1)
+    worker.prepare(str(tiny.write_backbone(tmp_path)), None)
+    commands = [
+        {
+            "command": "learn",
+            "task": f"task-{number}",
+            "spool": str(tiny.write_spool(tmp_path / f"spool-{number}", ["red", "green"], 8)),
+            "settings": CONFIG.model_dump(mode="json"),
+            "gate": Gate().model_dump(mode="json"),
+            "parent": None,
+        }
+        for number in range(2)
+    ]
+    events = io.StringIO()
+    # With the end of its commands a worker ends its process, which is the tests' here.
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    channel = Channel(io.StringIO(), events)
+    with room_for(worker._load(), 0):
+        monkeypatch.setattr(channel, "commands", lambda: iter(commands[:1]))
+        serve(worker, channel)
+    monkeypatch.setattr(channel, "commands", lambda: iter(commands[1:]))
+    serve(worker, channel)
+    ends = [json.loads(line) for line in events.getvalue().splitlines()]
+    told = [x for x in ends if x["event"] in ("failed", "learned")]
+    assert [x["event"] for x in told] == ["failed", "learned"]
+    assert (told[0]["task"], told[0]["reason"]) == ("task-0", "LIMIT_EXCEEDED")
+    assert "memory" in told[0]["message"]

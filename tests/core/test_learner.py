@@ -19,9 +19,11 @@ from inflora_core.backbone import Backbone, state_of
 from inflora_core.config import LEAST_STEPS, MOST_STEPS, PRESETS, LearnConfig, preset
 from inflora_core.errors import CancelledError, InvalidInputError, StateError
 from inflora_core.learner import (
+    FEW_OF_A_CLASS,
     before_merging,
     learn_task,
     logits_of,
+    some_of_each,
     tasks_left,
     threshold_after,
 )
@@ -846,3 +848,29 @@ def test_an_initial_head_is_where_training_starts(
     assert next(loss for loss in seen if loss) == pytest.approx(np.log(2))
     trained: Tensor = head.weight.detach()
     assert np.array_equal(learned.model.head_weight, trained.numpy())
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=120), st.integers(1, 200))
+def test_of_every_class_some_images_are_measured_first(labels: list[int], count: int) -> None:
+    positions = np.array(labels)
+    few = some_of_each(positions, count)
+    assert len(set(few)) == len(few)
+    assert sorted(few) == few.tolist()
+    for label, number in Counter(labels).items():
+        taken = int((positions[few] == label).sum())
+        assert taken >= min(number, FEW_OF_A_CLASS)
+        assert taken >= min(number, count * number // len(labels))
+        assert taken <= max(FEW_OF_A_CLASS, count * number / len(labels) + 1)
+
+
+def test_with_all_images_measured_first_nothing_is_left_out(
+    backbone: Backbone, blank: ContinualModel
+) -> None:
+    data = tiny.images(FIRST, 30)
+    whole = learn(blank, backbone, data, design_images=1000)
+    some = learn(blank, backbone, data, design_images=20)
+    assert bytes_of(learn(blank, backbone, data, design_images=46))[:-1] == bytes_of(whole)[:-1]
+    assert bytes_of(some)[:-1] != bytes_of(whole)[:-1]
+    tokens = {layer.tokens for layer in some.model.layers.values()}
+    assert tokens == {layer.tokens for layer in whole.model.layers.values()}, "memory sees all"
+    assert some.report.training_accuracy >= whole.report.training_accuracy - 0.1
