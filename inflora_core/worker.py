@@ -279,9 +279,15 @@ class Worker:
         def bring_to_size(row: int) -> None:
             pixels[row] = backbone.resize(decode(spooled[mine[row]][0], _LIMITS))
 
-        with ThreadPoolExecutor(self._threads) as pool:
-            for done, _ in enumerate(pool.map(bring_to_size, range(len(mine))), 1):
-                tracker.step(done / len(mine))
+        try:
+            with ThreadPoolExecutor(self._threads) as pool:
+                for done, _ in enumerate(pool.map(bring_to_size, range(len(mine))), 1):
+                    tracker.step(done / len(mine))
+        except InvalidInputError as error:
+            if self.group.size == 1:
+                raise
+            # Not of the task, which all processes would find: others wait for this one's share.
+            raise DamagedError(f"an image was accepted and cannot be decoded: {error}") from error
         whole = self.group.joined(torch.from_numpy(pixels), len(spooled)).numpy()
         data = LabelledImages(whole, labels, tuple(positions))
         return Examples(data, [image for image, _ in spooled], meant)
