@@ -511,9 +511,9 @@ def examine(
     return Examined(method, raw, positions, novelty_scores(model.novelty, features))
 
 
-def spread(positions: Array) -> Array:
+def spread(positions: Array, most: int = EXAMINED_IMAGES) -> Array:
     """Return which images to examine, (m,): of every class its share, however they came."""
-    return np.argsort(positions, kind="stable")[:: -(-len(positions) // EXAMINED_IMAGES)]
+    return np.argsort(positions, kind="stable")[:: -(-len(positions) // most)]
 
 
 def pooled(calibration: Calibration, examined: Examined) -> Calibration:

@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import os
 import queue
 import resource
@@ -53,7 +52,7 @@ from pydantic import TypeAdapter
 from inflora_core import allocator, bundled, canary, durable, edits, gate
 from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
 from inflora_core.checkpoint import Checkpoint
-from inflora_core.compute import Compute, Precision, halves
+from inflora_core.compute import Compute, Precision, halves, is_memory_error
 from inflora_core.config import Gate, LearnConfig, Limits
 from inflora_core.errors import (
     CancelledError,
@@ -67,6 +66,7 @@ from inflora_core.errors import (
 from inflora_core.export import check_edit, check_parity, export_template
 from inflora_core.graph import materialise
 from inflora_core.group import Group, LostRankError
+from inflora_core.heads import spread
 from inflora_core.images import decode
 from inflora_core.learner import before_merging, learn_task
 from inflora_core.model import (
@@ -78,7 +78,7 @@ from inflora_core.model import (
     Progress,
     Stage,
 )
-from inflora_core.predictor import NO_MEMORY, Predictor, RuntimeOptions, processors
+from inflora_core.predictor import Predictor, RuntimeOptions, processors
 from inflora_core.progress import Tracker
 from inflora_core.spool import read_spool
 from inflora_core.store import Store
@@ -319,9 +319,7 @@ class Examples:
 
     def sample(self) -> tuple[Array, Decoded]:
         """Return some of every class at model size (n, S, S', 3), and as they came."""
-        # In the order of classes, so that every class has its share whatever order they came in.
-        step = math.ceil(len(self.data) / PARITY_IMAGES)
-        chosen = np.argsort(self.data.labels, kind="stable")[::step]
+        chosen = spread(self.data.labels, PARITY_IMAGES)
         return self.data.images[chosen], Decoded([self.encoded[i] for i in chosen])
 
 
@@ -405,9 +403,6 @@ def serve(worker: Worker, channel: Channel) -> None:
         except CancelledError:
             with _leaving(worker.group, channel):
                 channel.send("cancelled", task=task)
-        except (MemoryError, torch.OutOfMemoryError):
-            with _leaving(worker.group, channel):
-                _fail_for_memory(channel, task)
         except (InvalidInputError, StateError) as error:
             _fail(channel, task, error)
         except InfloraError as error:
@@ -418,7 +413,7 @@ def serve(worker: Worker, channel: Channel) -> None:
             with _leaving(worker.group, channel):
                 _fail(channel, task, kind(f"cannot write to the store: {error}"))
         except Exception as error:
-            if NO_MEMORY.search(str(error)):
+            if is_memory_error(error):
                 with _leaving(worker.group, channel):
                     _fail_for_memory(channel, task)
                 continue
