@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from inflora_core.config import Limits
 from inflora_core.errors import InvalidImageError, LimitExceededError
+from inflora_core.model import Preprocessing
 
 # Pillow warns about metadata (an EXIF tag that points outside its block, a malformed picture
 # index), once per tag number and size: one hostile file could write tens of thousands of lines to
@@ -30,6 +31,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _FOREIGN = ("GIF", "TIFF", "AVIF", "ICO", "JPEG2000", "PSD")
 """What users do send besides, so that the refusal can name it."""
 
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _EXIF = b"Exif\0\0"
 
@@ -39,6 +45,15 @@ of them would hold a thread for hours."""
 
 
 def decode(data: bytes, limits: Limits, *, field: str = "image") -> NDArray[np.uint8]:
+    """Decode one JPEG, PNG, WebP or BMP image to RGB, as ``picture`` does.
+
+    Returns:
+        (height, width, 3) uint8, contiguous, writable, sRGB as stored.
+    """
+    return np.array(picture(data, limits, field=field))
+
+
+def picture(data: bytes, limits: Limits, *, field: str = "image") -> Image.Image:
     """Decode one JPEG, PNG, WebP or BMP image to RGB.
 
     The image is turned upright as its EXIF orientation says; of a multi-picture photo the first
@@ -53,7 +68,7 @@ def decode(data: bytes, limits: Limits, *, field: str = "image") -> NDArray[np.u
         field: What errors name, as a path into the request.
 
     Returns:
-        (height, width, 3) uint8, contiguous, writable, sRGB as stored.
+        Of mode RGB, its pixels in memory, sRGB as stored.
 
     Raises:
         LimitExceededError: if the encoded file is larger than ``limits.image_bytes``.
@@ -80,7 +95,7 @@ def decode(data: bytes, limits: Limits, *, field: str = "image") -> NDArray[np.u
                 # Damaged EXIF is no reason to refuse a complete picture. The pixels are turned
                 # before the block is written anew, so they are whole where either fails.
                 ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_on_white(image, data))
+            return _on_white(image, data)
     except InvalidImageError as error:
         error.field = field
         raise
@@ -101,6 +116,36 @@ def decode(data: bytes, limits: Limits, *, field: str = "image") -> NDArray[np.u
         raise InvalidImageError(
             f"the image is damaged or truncated ({reason}): send it again, whole", field=field
         ) from error
+
+
+def resized(image: Image.Image | NDArray[np.uint8], to: Preprocessing) -> NDArray[np.uint8]:
+    """Resize and crop one image as timm's evaluation transform does, without torch.
+
+    Args:
+        image: Of mode RGB, or (h, w, 3) uint8 RGB.
+        to: Says how.
+
+    Returns:
+        (height, width, 3) uint8: the very pixels that ``Backbone.resize`` makes, and learning uses.
+    """
+    whole = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    width, height = _resized_sides(*whole.size, to)
+    scaled = whole.resize((width, height), _FILTERS[to.interpolation])
+    # torchvision's center_crop: half to even.
+    top, left = round((height - to.height) / 2), round((width - to.width) / 2)
+    return np.asarray(scaled)[top : top + to.height, left : left + to.width]
+
+
+def _resized_sides(width: int, height: int, to: Preprocessing) -> tuple[int, int]:
+    """Return the width and height before the crop."""
+    if to.crop_mode == "squash":
+        return to.resize_width, to.resize_height
+    if to.resize_height == to.resize_width:  # torchvision's Resize of one number
+        shorter = min(width, height)
+        return to.resize_width * width // shorter, to.resize_height * height // shorter
+    # timm's ResizeKeepRatio
+    ratio = min(width / to.resize_width, height / to.resize_height)
+    return round(width / ratio), round(height / ratio)
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:

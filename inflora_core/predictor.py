@@ -1,10 +1,10 @@
 """Answers from a published ONNX file, with onnxruntime alone.
 
-The file is one graph from images to answers, which devices run as it is. Here it is run as two:
-one prepares a single image of any size, the other takes a batch of model-sized tensors, because
-images of different sizes cannot be stacked.
+The file is one graph from images to answers, which devices run as it is. Here only what takes a
+batch of model-sized tensors is: images of different sizes cannot be stacked, and are brought to
+that size by Pillow, which takes half as long as the graph and makes the pixels that learning sees.
 
-On CPUs, the second is opened once or twice. A run that has the processors to itself is soonest done
+On CPUs, the model is opened once or twice. A run that has the processors to itself is soonest done
 when all of them share its work; several runs get most done when each keeps to its own
 (docs/serving.md). What a GPU is given instead is in ``cuda``.
 """
@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from PIL import Image
 
 from inflora_core import allocator, wire
 from inflora_core.cuda import BoundSession
@@ -34,21 +35,21 @@ from inflora_core.errors import DamagedError, InvalidInputError, StateError, Una
 from inflora_core.graph import (
     CLASSES,
     EMBEDDING,
-    IMAGES,
     OUTPUTS,
     PIXELS,
     ModelCard,
     read_metadata,
     split,
 )
+from inflora_core.images import resized
+from inflora_core.model import Preprocessing
 from inflora_core.passes import attention_fused, first_token, halved
 
 log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 
-Parts: TypeAlias = "tuple[ort.InferenceSession, ort.InferenceSession | BoundSession]"
-"""Sessions of a file's two parts."""
+Session: TypeAlias = ort.InferenceSession | BoundSession
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -133,21 +134,20 @@ class Predictor:
 
     Args:
         card: What the file says of itself.
-        preprocess: Its first part, with one thread: images are prepared side by side.
         classify: Its second part, as it is run beside other runs.
-        open_alone: Opens both parts with all threads; None where ``classify`` has them.
+        open_alone: Opens that with all threads; None where ``classify`` has them.
     """
 
     def __init__(
         self,
         card: ModelCard,
-        preprocess: ort.InferenceSession,
-        classify: ort.InferenceSession | BoundSession,
-        open_alone: Callable[[], Parts] | None = None,
+        classify: Session,
+        open_alone: Callable[[], Session] | None = None,
     ) -> None:
         self.card = card
-        self._beside: Parts = preprocess, classify
-        self._alone: Parts | None = None if open_alone else self._beside
+        self._shades = _shades(card.preprocessing)
+        self._beside = classify
+        self._alone = None if open_alone else classify
         self._open_alone = open_alone
         self._opening = threading.Lock()
 
@@ -171,18 +171,17 @@ class Predictor:
             raise DamagedError(f"the model cannot be read: {error}") from error
         with _telling_damage():
             skeleton, weights = wire.part(content)
-            preprocess, classify = split(skeleton)
-            card = read_metadata(preprocess)
+            _, classify = split(skeleton)
+            card = read_metadata(classify)
             ranks = wire.ranks(weights)
         if card.version is None or not card.classes or len(card.classes) != len(card.tasks):
             raise DamagedError("the ONNX file is a template or cut short: it has no class table")
-        prepare = _open(preprocess, _preprocess_options(session_options(1)), [CPU])
         if options.tries_gpu:
             with _telling_damage():
                 sparing = first_token(classify, ranks)
             with _as_file(wire.appended(sparing, weights)) as file:
                 if on_gpu := _open_cuda(file, card, options):
-                    return cls(card, prepare, on_gpu)
+                    return cls(card, on_gpu)
         with _telling_damage():
             sparing = first_token(attention_fused(classify), ranks)
         pieces = wire.appended(sparing, weights)
@@ -190,34 +189,34 @@ class Predictor:
             threads = options.all_threads // options.cpu_runs
             runner = _open(file, session_options(threads), [CPU])
             if options.cpu_runs == 1:
-                return cls(card, prepare, runner)
-        return cls(card, prepare, runner, partial(_open_alone, preprocess, pieces, options))
+                return cls(card, runner)
+        return cls(card, runner, partial(_open_alone, pieces, options))
 
     @property
     def provider(self) -> str:
         """The provider that really runs the model, whatever was asked for."""
-        return str(self._beside[1].get_providers()[0])
+        return str(self._beside.get_providers()[0])
 
     @property
     def embedding_size(self) -> int:
         """Width of the embedding."""
-        (shape,) = (node.shape for node in self._beside[1].get_outputs() if node.name == EMBEDDING)
+        (shape,) = (node.shape for node in self._beside.get_outputs() if node.name == EMBEDDING)
         return int(shape[1])
 
-    def preprocess(self, image: NDArray[np.uint8], *, alone: bool = False) -> Floats:
+    def preprocess(self, image: Image.Image | NDArray[np.uint8]) -> Floats:
         """Return the model-sized tensor of one image.
 
         Args:
-            image: (h, w, 3) uint8, RGB, any size.
-            alone: As for ``classify``.
+            image: Of mode RGB, or (h, w, 3) uint8 RGB, any size.
 
         Returns:
             (1, 3, height, width) float32, normalised as the backbone expects.
         """
-        session, _ = self._parts(alone)
-        with _telling_memory():
-            (pixels,) = session.run([PIXELS], {IMAGES: image[np.newaxis]})
-        return np.asarray(pixels, np.float32)
+        small = resized(image, self.card.preprocessing)
+        pixels = np.empty((1, 3, *small.shape[:2]), np.float32)
+        for channel, shades in enumerate(self._shades):
+            shades.take(small[:, :, channel], out=pixels[0, channel], mode="clip")
+        return pixels
 
     def classify(self, pixels: Floats, *, alone: bool = False) -> Answers:
         """Return the answers for n >= 1 model-sized tensors.
@@ -227,7 +226,7 @@ class Predictor:
             alone: Whether nothing else needs the processors: it may use them all, once what that
                 takes is opened in a thread of its own. The answers are the same to the bit.
         """
-        _, session = self._parts(alone)
+        session = self._session(alone)
         with _telling_memory():
             answers = session.run(OUTPUTS, {PIXELS: pixels})
         return Answers(*answers)
@@ -265,14 +264,11 @@ class Predictor:
         with self._opening:
             if self._open_alone is None:
                 return
-            preprocess, classify = self._open_alone()
-            size = self.card.preprocessing
-            blank = np.zeros((1, size.height, size.width, 3), np.uint8)
-            (pixels,) = preprocess.run([PIXELS], {IMAGES: blank})
-            classify.run(OUTPUTS, {PIXELS: pixels})
-            self._alone, self._open_alone = (preprocess, classify), None
+            classify = self._open_alone()
+            classify.run(OUTPUTS, {PIXELS: self._blank()})
+            self._alone, self._open_alone = classify, None
 
-    def _parts(self, alone: bool) -> Parts:
+    def _session(self, alone: bool) -> Session:
         if not alone:
             return self._beside
         if self._alone is None and not self._opening.locked():
@@ -386,12 +382,18 @@ def _as_file(pieces: Sequence[bytes | memoryview]) -> Iterator[bytes | str]:
         yield f"/proc/self/fd/{file.fileno()}"
 
 
-def _open_alone(
-    preprocess: bytes, classify: Sequence[bytes | memoryview], options: RuntimeOptions
-) -> Parts:
-    with _as_file(classify) as file:
-        everything = _open(file, _alone_options(options), [CPU])
-    return _open(preprocess, _preprocess_options(_alone_options(options)), [CPU]), everything
+def _shades(to: Preprocessing) -> Floats:
+    """Return (3, 256) float32: what each grey level of a channel is, scaled and normalised.
+
+    To the bit what the graph makes of it.
+    """
+    mean, std = (np.array(values, np.float32)[:, np.newaxis] for values in (to.mean, to.std))
+    return (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std
+
+
+def _open_alone(pieces: Sequence[bytes | memoryview], options: RuntimeOptions) -> Session:
+    with _as_file(pieces) as file:
+        return _open(file, session_options(options.all_threads, spin=True), [CPU])
 
 
 def _open_cuda(model: bytes | str, card: ModelCard, options: RuntimeOptions) -> BoundSession | None:
@@ -531,18 +533,6 @@ def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
     session.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     # Between runs nobody spins on the cores that decoding and learning need.
     session.add_session_config_entry("session.force_spinning_stop", "1")
-    return session
-
-
-def _alone_options(options: RuntimeOptions) -> ort.SessionOptions:
-    return session_options(options.all_threads, spin=True)
-
-
-def _preprocess_options(session: ort.SessionOptions) -> ort.SessionOptions:
-    # An arena never shrinks: one photo of 60 million pixels would hold gigabytes for good. And a
-    # memory plan would be kept for every size of image that ever came.
-    session.enable_cpu_mem_arena = False
-    session.enable_mem_pattern = False
     return session
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from inflora_core.config import Limits
 from inflora_core.errors import InfloraError, UnavailableError
-from inflora_core.images import decode
+from inflora_core.images import picture
 from inflora_core.predictor import Answers, Floats, Predictor
 from inflora_service.turns import FOREVER, Call, Image, Prepared, Source, Turns
 
@@ -162,22 +162,22 @@ class Batcher:
                 if self._closed:
                     return False
                 self._changed.wait()
-            alone = self._turns.is_alone(batch) if batch else self._turns.images == 1
+            alone = bool(batch) and self._turns.is_alone(batch)
             settled = self._settled()
         _tell(settled)
         if batch:
             self._run(batch, alone)
         elif image:
-            self._decode(*image, alone)
+            self._decode(*image)
         return True
 
-    def _decode(self, call: Call, index: int, source: Source, alone: bool) -> None:
+    def _decode(self, call: Call, index: int, source: Source) -> None:
         def prepare() -> Floats:
-            pixels = source
-            if isinstance(pixels, bytes):
-                pixels = decode(pixels, self._limits, field=f"images[{index}]")
+            if not isinstance(source, bytes):
+                return call.predictor.preprocess(source)
+            decoded = picture(source, self._limits, field=f"images[{index}]")
             # Down to the model's size at once: hundreds of decoded photos would fill the memory.
-            return call.predictor.preprocess(pixels, alone=alone)
+            return call.predictor.preprocess(decoded)
 
         outcome = _attempt(prepare)
         with self._changed:

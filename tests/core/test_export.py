@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from torch import Tensor, nn
 
 from inflora_core import export, graph, passes, wire
@@ -38,6 +39,7 @@ from inflora_core.errors import (
 )
 from inflora_core.export import check_edit, check_parity, export_template
 from inflora_core.heads import novelty_shares
+from inflora_core.images import resized as without_torch
 from inflora_core.model import BackboneConfig, ClassEntry, ContinualModel, LayerState
 from tests.core import tiny
 from tests.core.test_backbone import DEIT_TINY, FAMILIES, write
@@ -561,6 +563,18 @@ CONFIGS = st.fixed_dictionaries(
 def test_preprocessing_is_timms(config: dict[str, Any], height: int, width: int, seed: int) -> None:
     """Also on noise, the hardest case for the roundings between the two passes."""
     assert grey_levels(config, noise(height, width, 3, seed=seed)).mean() <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(config=CONFIGS, height=st.integers(2, 300), width=st.integers(2, 300), seed=st.integers(0))
+def test_a_servers_preprocessing_is_timms_to_the_bit(
+    config: dict[str, Any], height: int, width: int, seed: int
+) -> None:
+    backbone, _ = preprocess(json.dumps(config, sort_keys=True))
+    image = noise(height, width, 3, seed=seed)
+    for same in (image, Image.fromarray(image)):
+        pixels = without_torch(same, backbone.preprocessing)
+        np.testing.assert_array_equal(pixels, backbone.resize(image))
 
 
 @settings(max_examples=50, deadline=None)

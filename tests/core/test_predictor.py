@@ -128,14 +128,16 @@ def test_the_card_is_the_files(predictor: Predictor):
 
 @settings(max_examples=30)
 @given(st.integers(2, 70), st.integers(2, 70), st.integers(0, 9))
-def test_the_parts_answer_as_the_whole_file_does(height: int, width: int, seed: int):
-    """What the server runs in two sessions is what a device runs in one."""
+def test_a_server_answers_as_the_whole_file_does(height: int, width: int, seed: int):
+    """A server resizes in Pillow, with the same sizes: noise is rounded differently in between."""
     one = image(height, width, seed)
     pixels = WHOLE.preprocess(one)
     assert pixels.shape == (1, 3, 16, 16)
     assert pixels.dtype == np.float32
-    expected = DEVICE.run(list(graph.OUTPUTS), {"images": one[np.newaxis]})
-    for ours, theirs in zip(outputs(WHOLE.predict([one])), expected, strict=True):
+    on_device, *expected = DEVICE.run(["pixels", *graph.OUTPUTS], {"images": one[np.newaxis]})
+    levels = np.abs(pixels - on_device) * 255 * np.reshape(SIZE.std, (3, 1, 1))
+    assert levels.mean() <= 1
+    for ours, theirs in zip(outputs(WHOLE.classify(on_device)), expected, strict=True):
         assert ours.shape == theirs.shape
         assert ours.dtype == np.float32
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -215,10 +217,8 @@ def test_sessions_leave_the_cores_to_others(file: bytes, threads: int, runs: int
     loaded.open_alone()
     assert (loaded._alone is loaded._beside) == (at_a_time == 1)
     expected = {
-        loaded._alone[0]: (all_threads, at_a_time > 1),
-        loaded._alone[1]: (all_threads, at_a_time > 1),
-        loaded._beside[0]: (1, False),
-        loaded._beside[1]: (all_threads // at_a_time, False),
+        loaded._alone: (all_threads, at_a_time > 1),
+        loaded._beside: (all_threads // at_a_time, False),
     }
     for session, (each, spins) in expected.items():
         options = session.get_session_options()
@@ -227,9 +227,6 @@ def test_sessions_leave_the_cores_to_others(file: bytes, threads: int, runs: int
         assert spinning == str(int(spins))
         assert options.get_session_config_entry("session.force_spinning_stop") == "1"
         assert options.execution_mode == ort.ExecutionMode.ORT_SEQUENTIAL
-    # What one huge photo needed must not stay reserved for good.
-    for session in (loaded._alone[0], loaded._beside[0]):
-        assert not session.get_session_options().enable_cpu_mem_arena
 
 
 def test_alone_or_beside_others_the_answers_are_the_same(file: bytes):
@@ -237,9 +234,6 @@ def test_alone_or_beside_others_the_answers_are_the_same(file: bytes):
     loaded.open_alone()
     images = [image(20 + i, 30) for i in range(5)]
     pixels = np.concatenate([loaded.preprocess(each) for each in images])
-    np.testing.assert_array_equal(
-        np.concatenate([loaded.preprocess(each, alone=True) for each in images]), pixels
-    )
     alone, beside = loaded.classify(pixels, alone=True), loaded.classify(pixels)
     for one, other in zip(outputs(alone), outputs(beside), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -277,7 +271,8 @@ def test_without_memory_for_a_lone_run_it_is_like_any(
 
     monkeypatch.setattr(predictor_module, "_open_alone", no_memory)
     loaded = Predictor.load(file, RuntimeOptions(2, "cpu", 2))
-    pixels = loaded.preprocess(image(20, 30), alone=True)
+    pixels = loaded.preprocess(image(20, 30))
+    loaded.classify(pixels, alone=True)
     once_opened()
     assert loaded._alone is loaded._beside
     assert "no memory for another copy" in caplog.text
@@ -614,4 +609,13 @@ def test_nothing_here_imports_torch():
 
 
 WHOLE = Predictor.load(version(), ONE_THREAD)
-DEVICE = ort.InferenceSession(version(), providers=[CPU])
+
+
+def _telling_pixels(file: bytes) -> bytes:
+    """Return a file that has what it makes of an image among its outputs."""
+    proto = onnx.load_from_string(file)
+    proto.graph.output.extend(each for each in proto.graph.value_info if each.name == "pixels")
+    return proto.SerializeToString()
+
+
+DEVICE = ort.InferenceSession(_telling_pixels(version()), providers=[CPU])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from inflora_client import _bench as bench
 from inflora_core.config import Limits
-from inflora_core.images import decode
+from inflora_core.images import picture
 from inflora_core.predictor import Predictor, RuntimeOptions, top_classes
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     limits = Limits()
 
     async def classify(number: int, left: float) -> str:
-        pixels = predictor.preprocess(decode(images[number % len(images)], limits), alone=True)
+        pixels = predictor.preprocess(picture(images[number % len(images)], limits))
         answers = predictor.classify(pixels, alone=True)
         return top_classes(answers, predictor.card, 1)[0][0][0]
 
