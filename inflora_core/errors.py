@@ -81,6 +81,12 @@ class OvertakenError(StateError):
     reason = "OVERTAKEN"
 
 
+class FencedError(StateError):
+    """Another learner publishes to the shared store; this one may not any more."""
+
+    reason = "FENCED"
+
+
 class OutOfRangeError(InfloraError):
     """A position is beyond the end."""
 
@@ -148,6 +154,7 @@ ERRORS_BY_REASON: dict[str, type[InfloraError]] = {
         ConflictError,
         StateError,
         OvertakenError,
+        FencedError,
         OutOfRangeError,
         UnavailableError,
         CancelledError,
