@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -92,6 +93,43 @@ def _parser() -> argparse.ArgumentParser:
         defaults.drain_seconds,
         "how long running calls may take after SIGTERM",
         type=float,
+    )
+
+    group = parser.add_argument_group("several servers: one learns, others predict")
+    add(
+        group,
+        "--role",
+        defaults.role,
+        "what it does; a predictor follows a shared store, and its own is a copy of that",
+        choices=("all", "learner", "predictor"),
+    )
+    add(
+        group,
+        "--shared",
+        defaults.shared,
+        "where a learner publishes and predictors look: s3://bucket/prefix, gs://..., az://... or "
+        "file:///folder",
+        metavar="URL",
+    )
+    group.add_argument(
+        "--take-over",
+        action="store_true",
+        default=False,
+        help="take the place of the learner that publishes there, and fetch all that it published",
+    )
+    add(
+        group,
+        "--poll-seconds",
+        defaults.poll_seconds,
+        "from one look of a predictor at the shared store to the next",
+        type=_seconds,
+    )
+    add(
+        group,
+        "--cache-bytes",
+        defaults.cache_bytes,
+        "what a predictor keeps of the shared store's files; 0: all that it fetched",
+        type=_count,
     )
 
     group = parser.add_argument_group("learning, where a task asks for nothing else")
@@ -222,6 +260,13 @@ def _count(text: str) -> int:
     return number
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
 def _learn_config(arguments: argparse.Namespace) -> LearnConfig:
     changes: dict[str, str] = {}
     for assignment in getattr(arguments, "assignments", []):
@@ -281,6 +326,11 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         keep_examples=arguments.keep_examples,
         limits=_limits(arguments),
         drain_seconds=arguments.drain_seconds,
+        role=arguments.role,
+        shared=arguments.shared,
+        take_over=arguments.take_over,
+        poll_seconds=arguments.poll_seconds,
+        cache_bytes=arguments.cache_bytes,
     )
 
 

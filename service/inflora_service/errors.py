@@ -35,6 +35,7 @@ CODES: dict[type[errors.InfloraError], grpc.StatusCode] = {
     errors.ConflictError: grpc.StatusCode.ALREADY_EXISTS,
     errors.StateError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OvertakenError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.FencedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OutOfRangeError: grpc.StatusCode.OUT_OF_RANGE,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.CancelledError: grpc.StatusCode.CANCELLED,
@@ -199,7 +200,9 @@ async def _abort_with(context: Context, status: status_pb2.Status) -> Never:
 
 async def _unknown_method(request: object, context: Context) -> None:
     status = to_status(
-        errors.NotFoundError("the server has no such method; is it of an older release?")
+        errors.NotFoundError(
+            "the server has no such method: it is of an older release, or has another role"
+        )
     )
     status.code = grpc.StatusCode.UNIMPLEMENTED.value[0]
     await _abort_with(context, status)

@@ -12,7 +12,7 @@ from inflora_core.errors import InvalidInputError, LimitExceededError, StateErro
 from inflora_core.evaluation import Evaluation, Tally
 from inflora_core.predictor import Answers, Floats, processors
 from inflora_service.aio import map_threads
-from inflora_service.serving import Loaded, ModelHost
+from inflora_service.serving import Host, Loaded
 from inflora_service.uploads import Example, Intake, decode_example
 
 BATCH = 64
@@ -30,7 +30,7 @@ class Evaluator:
         limits: What is refused.
     """
 
-    def __init__(self, host: ModelHost, limits: Limits) -> None:
+    def __init__(self, host: Host, limits: Limits) -> None:
         self._host = host
         self._limits = limits
         # Threads of its own: in the queue of those that decode for Predict, every call would stand
@@ -77,7 +77,7 @@ class Examination:
         version: The version's number.
     """
 
-    def __init__(self, loaded: Loaded, host: ModelHost, limits: Limits, decoders: Executor) -> None:
+    def __init__(self, loaded: Loaded, host: Host, limits: Limits, decoders: Executor) -> None:
         self.version = loaded.version.number
         self._loaded = loaded
         self._predictor = loaded.predictor

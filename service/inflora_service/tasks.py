@@ -51,9 +51,9 @@ from inflora_service.auditing import AuditTrail
 from inflora_service.errors import from_exception
 from inflora_service.examples import Examples, Fate, fate
 from inflora_service.learner_process import LearnerProcess
+from inflora_service.promoting import ModelHost
 from inflora_service.records import Snapshot, TaskRecords, content_hash, task_content
 from inflora_service.resuming import PartialUpload, Uploads
-from inflora_service.serving import ModelHost
 from inflora_service.space import Space
 from inflora_service.uploads import TaskRequest, Upload
 
