@@ -161,7 +161,9 @@ def _service_config(retry: RetryPolicy) -> str:
                         "initialBackoff": f"{retry.initial_backoff:.9f}s",
                         "maxBackoff": f"{retry.max_backoff:.9f}s",
                         "backoffMultiplier": retry.multiplier,
-                        "retryableStatusCodes": ["UNAVAILABLE"],
+                        # CANCELLED is what a server that stops tells calls that it has received
+                        # and not begun with (grpc/grpc#41785). None of ours makes two of one.
+                        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                     },
                 }
             ]

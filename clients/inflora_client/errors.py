@@ -166,6 +166,11 @@ _BY_CODE: dict[str, type[StatusError]] = {
 }
 
 
+_DROPPED = Failure("CANCELLED", "CANCELLED")
+"""Of a call that a server had received, and not begun with, when it stopped (grpc/grpc#41785). What
+a caller cancels says so in other words."""
+
+
 def failure_of(status: status_pb2.Status) -> Failure:
     """Read a ``google.rpc.Status`` with its ``ErrorInfo`` and ``BadRequest``."""
     reason = ""
@@ -186,7 +191,7 @@ def error_of(failure: Failure) -> StatusError:
     """The error of the class that fits the failure's code."""
     kind = _BY_CODE.get(failure.code, StatusError)
     # Every error of ours carries an ErrorInfo, so UNAVAILABLE without one is gRPC speaking.
-    if kind is UnavailableError and not failure.reason:
+    if (kind is UnavailableError and not failure.reason) or failure == _DROPPED:
         kind = ConnectionFailedError
     return kind(failure)
 

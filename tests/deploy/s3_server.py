@@ -7,6 +7,7 @@ Prints its address, and serves until its standard input ends.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -64,6 +65,7 @@ def running_s3() -> Iterator[S3]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it has a line for every request
     with s3_endpoint() as address:
         print(address, flush=True)
         sys.stdin.read()
