@@ -35,10 +35,11 @@ from inflora_core.errors import DamagedError, InfloraError, UnavailableError
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.store import Store
 from inflora_service import backbone_source
+from inflora_service.access import AccessInterceptor
 from inflora_service.auditing import AuditTrail
 from inflora_service.backbone_source import BackboneSource
 from inflora_service.codec import receive_bytes
-from inflora_service.errors import ErrorInterceptor
+from inflora_service.errors import Context, ErrorInterceptor
 from inflora_service.evaluating import Evaluator
 from inflora_service.evaluator_servicer import EvaluatorServicer
 from inflora_service.examples import Examples, KeepExamples
@@ -48,7 +49,9 @@ from inflora_service.model_servicer import ModelServicer
 from inflora_service.oip_servicer import OipServicer
 from inflora_service.predictor_servicer import PredictorServicer
 from inflora_service.records import TaskRecords
+from inflora_service.reloading import keep_fresh
 from inflora_service.resuming import Uploads
+from inflora_service.security import Security, SecuritySettings
 from inflora_service.serving import ModelHost
 from inflora_service.space import Space
 from inflora_service.store_lock import StoreLock
@@ -65,6 +68,9 @@ OIP = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].ful
 CURRENT = f"{MODEL}/current"
 """Names under which health is asked for; ``SERVER`` is the server as a whole. ``CURRENT`` alone is
 not serving while another version answers in place of the current one."""
+
+_ALONE = ("grpc.so_reuseport", 0)
+"""Two servers on one port would share its connections at random."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,9 @@ class Settings:
         keep_examples: How long examples are kept once their task has ended.
         drain_seconds: How long running calls may take when the server stops.
         worker: How to start the learning worker; more arguments are appended.
+        security: Who may call, and whether others can listen in.
+        health_port: Port that only says how the server is, in the clear and to anybody, for probes
+            that cannot do TLS; 0 takes any free one, None: none.
     """
 
     store: Path
@@ -125,6 +134,16 @@ class Settings:
     keep_examples: KeepExamples = "never"
     drain_seconds: float = 30.0
     worker: tuple[str, ...] = (sys.executable, "-m", "inflora_core.worker_start")
+    security: SecuritySettings = field(default_factory=SecuritySettings)
+    health_port: int | None = None
+
+
+class _Health(health_aio.HealthServicer):
+    """gRPC's own, without ``List``: what it inherits would log a traceback at each call."""
+
+    async def List(self, request: object, context: Context) -> None:
+        """Say that there is no such rpc."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Check or Watch")
 
 
 class Server:
@@ -132,17 +151,19 @@ class Server:
 
     Attributes:
         address: Where it listens, ``host:port``. Set by ``start``.
+        health_address: Where it says only how it is; "" if nowhere. Set by ``start``.
         host: Its loaded versions. Set by ``start``.
         tasks: Its queue. Set by ``start``.
     """
 
     address: str
+    health_address: str
     host: ModelHost
     tasks: TaskQueue
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._health = health_aio.HealthServicer()
+        self._health = _Health()
         self._health_changes: set[asyncio.Task[None]] = set()
         self._undo = AsyncExitStack()
 
@@ -154,6 +175,7 @@ class Server:
             StoreFormatError: a newer release wrote the store.
             DamagedError: the store's backbone or its records are damaged, or lost while versions or
                 tasks are there.
+            InvalidInputError: certificates or tokens cannot be used, or anybody could call.
             InfloraError: for a new store, why there can be none with that backbone.
         """
         async with AsyncExitStack() as undo:
@@ -167,10 +189,14 @@ class Server:
     async def _start(self, undo: AsyncExitStack) -> None:
         # What is registered last is undone first.
         settings = self._settings
+        security = await asyncio.to_thread(
+            Security, settings.security, settings.host, settings.limits.max_calls
+        )
         store = await asyncio.to_thread(Store.open, settings.store)
         lock = await asyncio.to_thread(StoreLock, store.root)
         undo.callback(lock.release)
-        server, address = self._bind()
+        server, address = self._bind(security)
+        health_server, self.health_address = self._bind_health()
         records = await asyncio.to_thread(TaskRecords, store.root)
         undo.callback(records.close)
         audit = AuditTrail(await asyncio.to_thread(AuditLog, store.root), store, records)
@@ -205,9 +231,11 @@ class Server:
             *(store, records, host, audit, learner, settings.learn, settings.limits),
             *(settings.gate, settings.canary_images, settings.retention),
             *(examples, uploads, space),
+            security.access.queued_tasks,
         )
         self.host, self.tasks = host, tasks
         undo.push_async_callback(uploads.close)
+        undo.push_async_callback(health_server.stop, None)
         undo.push_async_callback(server.stop, settings.drain_seconds)
         undo.push_async_callback(learner.stop)
 
@@ -227,31 +255,61 @@ class Server:
         undo.push_async_callback(tasks.stop)
         self._register(server, store, host, tasks, evaluator)
         await server.start()
+        if self.health_address:
+            await health_server.start()
+        fresh = asyncio.create_task(
+            keep_fresh(security.watched, settings.security.reload_seconds), name="keep-fresh"
+        )
+        undo.callback(fresh.cancel)
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
         undo.push_async_callback(self._health.enter_graceful_shutdown)
         self.address = address
+        security.announce()
         log.info("listening on %s", address)
+        if self.health_address:
+            log.info("telling on %s how the server is, in the clear", self.health_address)
 
-    def _bind(self) -> tuple[grpc.aio.Server, str]:
-        settings = self._settings
-        _check_address(settings.host, settings.port)
+    def _bind(self, security: Security) -> tuple[grpc.aio.Server, str]:
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(), AccessInterceptor(security.access)],
             options=[
-                # Two servers on one port would share its connections at random.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", receive_bytes(settings.limits)),
+                _ALONE,
+                ("grpc.max_receive_message_length", receive_bytes(self._settings.limits)),
             ],
         )
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        certificates = security.certificates
+        credentials = certificates.credentials() if certificates else None
+        return server, self._listen(server, self._settings.port, "port", credentials)
+
+    def _bind_health(self) -> tuple[grpc.aio.Server, str]:
+        server = grpc.aio.server(options=[_ALONE])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if (port := self._settings.health_port) is None:
+            return server, ""
+        return server, self._listen(server, port, "health_port", None)
+
+    def _listen(
+        self,
+        server: grpc.aio.Server,
+        asked: int,
+        field: str,
+        credentials: grpc.ServerCredentials | None,
+    ) -> str:
+        """Have a server listen to a port; return its address."""
+        host = self._settings.host
+        _check_address(host, asked, field)
+        host = f"[{host}]" if ":" in host else host
         try:
-            port = server.add_insecure_port(f"{host}:{settings.port}")
+            if credentials is None:
+                port = server.add_insecure_port(f"{host}:{asked}")
+            else:
+                port = server.add_secure_port(f"{host}:{asked}", credentials)
         except RuntimeError as error:
             raise UnavailableError(
-                f"cannot listen on {host}:{settings.port}: {error}", field="port"
+                f"cannot listen on {host}:{asked}: {error}", field=field
             ) from error
-        return server, f"{host}:{port}"
+        return f"{host}:{port}"
 
     def _worker_command(self) -> tuple[str, ...]:
         settings = self._settings
@@ -371,7 +429,7 @@ def _refuse_remains(store: Store, history: History, records: TaskRecords) -> Non
         )
 
 
-def _check_address(host: str, port: int) -> None:
+def _check_address(host: str, port: int, field: str) -> None:
     """Bind to the address for a moment: grpc would not say why it cannot.
 
     Raises:
@@ -392,7 +450,7 @@ def _check_address(host: str, port: int) -> None:
                     return  # one is enough, for grpc as well
     except OSError as error:
         faults.append(error)
-    raise UnavailableError(f"cannot listen on {host}:{port}: {faults[0].strerror}", field="port")
+    raise UnavailableError(f"cannot listen on {host}:{port}: {faults[0].strerror}", field=field)
 
 
 async def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
