@@ -104,13 +104,6 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
     )
 
-    group.add_argument(
-        "--health-port",
-        type=_count,
-        help="port that only tells how the server is, in the clear, for probes that cannot do TLS; "
-        "0: any free one",
-    )
-
     group = parser.add_argument_group(
         "security (docs/security.md): without credentials only loopback is listened on"
     )
@@ -316,7 +309,6 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         limits=_limits(arguments),
         drain_seconds=arguments.drain_seconds,
         security=_security(arguments),
-        health_port=getattr(arguments, "health_port", None),
     )
 
 

@@ -69,9 +69,6 @@ CURRENT = f"{MODEL}/current"
 """Names under which health is asked for; ``SERVER`` is the server as a whole. ``CURRENT`` alone is
 not serving while another version answers in place of the current one."""
 
-_ALONE = ("grpc.so_reuseport", 0)
-"""Two servers on one port would share its connections at random."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -106,8 +103,6 @@ class Settings:
         drain_seconds: How long running calls may take when the server stops.
         worker: How to start the learning worker; more arguments are appended.
         security: Who may call, and whether others can listen in.
-        health_port: Port that only says how the server is, in the clear and to anybody, for probes
-            that cannot do TLS; 0 takes any free one, None: none.
     """
 
     store: Path
@@ -135,7 +130,6 @@ class Settings:
     drain_seconds: float = 30.0
     worker: tuple[str, ...] = (sys.executable, "-m", "inflora_core.worker_start")
     security: SecuritySettings = field(default_factory=SecuritySettings)
-    health_port: int | None = None
 
 
 class _Health(health_aio.HealthServicer):
@@ -151,13 +145,11 @@ class Server:
 
     Attributes:
         address: Where it listens, ``host:port``. Set by ``start``.
-        health_address: Where it says only how it is; "" if nowhere. Set by ``start``.
         host: Its loaded versions. Set by ``start``.
         tasks: Its queue. Set by ``start``.
     """
 
     address: str
-    health_address: str
     host: ModelHost
     tasks: TaskQueue
 
@@ -179,7 +171,10 @@ class Server:
             InfloraError: for a new store, why there can be none with that backbone.
         """
         async with AsyncExitStack() as undo:
+            # First of all: what may not be started so must not leave a store behind.
+            await self._secure(undo)
             await self._start(undo)
+            self._security.announce()
             self._undo = undo.pop_all()
 
     async def stop(self) -> None:
@@ -189,14 +184,10 @@ class Server:
     async def _start(self, undo: AsyncExitStack) -> None:
         # What is registered last is undone first.
         settings = self._settings
-        security = await asyncio.to_thread(
-            Security, settings.security, settings.host, settings.limits.max_calls
-        )
         store = await asyncio.to_thread(Store.open, settings.store)
         lock = await asyncio.to_thread(StoreLock, store.root)
         undo.callback(lock.release)
-        server, address = self._bind(security)
-        health_server, self.health_address = self._bind_health()
+        server, address = self._bind()
         records = await asyncio.to_thread(TaskRecords, store.root)
         undo.callback(records.close)
         audit = AuditTrail(await asyncio.to_thread(AuditLog, store.root), store, records)
@@ -231,11 +222,10 @@ class Server:
             *(store, records, host, audit, learner, settings.learn, settings.limits),
             *(settings.gate, settings.canary_images, settings.retention),
             *(examples, uploads, space),
-            security.access.queued_tasks,
+            self._security.access.queued_tasks,
         )
         self.host, self.tasks = host, tasks
         undo.push_async_callback(uploads.close)
-        undo.push_async_callback(health_server.stop, None)
         undo.push_async_callback(server.stop, settings.drain_seconds)
         undo.push_async_callback(learner.stop)
 
@@ -255,61 +245,37 @@ class Server:
         undo.push_async_callback(tasks.stop)
         self._register(server, store, host, tasks, evaluator)
         await server.start()
-        if self.health_address:
-            await health_server.start()
-        fresh = asyncio.create_task(
-            keep_fresh(security.watched, settings.security.reload_seconds), name="keep-fresh"
-        )
-        undo.callback(fresh.cancel)
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
         undo.push_async_callback(self._health.enter_graceful_shutdown)
         self.address = address
-        security.announce()
         log.info("listening on %s", address)
-        if self.health_address:
-            log.info("telling on %s how the server is, in the clear", self.health_address)
 
-    def _bind(self, security: Security) -> tuple[grpc.aio.Server, str]:
+    async def _secure(self, undo: AsyncExitStack) -> None:
+        """Read certificates and tokens, and go on doing so when they change."""
+        settings = self._settings
+        self._security = await asyncio.to_thread(
+            Security, settings.security, settings.host, settings.limits.max_calls
+        )
+        if watched := self._security.watched:
+            seconds = settings.security.reload_seconds
+            fresh = asyncio.create_task(keep_fresh(watched, seconds), name="keep-fresh")
+            undo.callback(fresh.cancel)
+
+    def _bind(self) -> tuple[grpc.aio.Server, str]:
+        settings = self._settings
+        _check_address(settings.host, settings.port)
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(), AccessInterceptor(security.access)],
+            interceptors=[ErrorInterceptor(), AccessInterceptor(self._security.access)],
             options=[
-                _ALONE,
-                ("grpc.max_receive_message_length", receive_bytes(self._settings.limits)),
+                # Two servers on one port would share its connections at random.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", receive_bytes(settings.limits)),
             ],
         )
-        certificates = security.certificates
+        certificates = self._security.certificates
         credentials = certificates.credentials() if certificates else None
-        return server, self._listen(server, self._settings.port, "port", credentials)
-
-    def _bind_health(self) -> tuple[grpc.aio.Server, str]:
-        server = grpc.aio.server(options=[_ALONE])
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if (port := self._settings.health_port) is None:
-            return server, ""
-        return server, self._listen(server, port, "health_port", None)
-
-    def _listen(
-        self,
-        server: grpc.aio.Server,
-        asked: int,
-        field: str,
-        credentials: grpc.ServerCredentials | None,
-    ) -> str:
-        """Have a server listen to a port; return its address."""
-        host = self._settings.host
-        _check_address(host, asked, field)
-        host = f"[{host}]" if ":" in host else host
-        try:
-            if credentials is None:
-                port = server.add_insecure_port(f"{host}:{asked}")
-            else:
-                port = server.add_secure_port(f"{host}:{asked}", credentials)
-        except RuntimeError as error:
-            raise UnavailableError(
-                f"cannot listen on {host}:{asked}: {error}", field=field
-            ) from error
-        return f"{host}:{port}"
+        return server, _listen(server, settings.host, settings.port, "port", credentials)
 
     def _worker_command(self) -> tuple[str, ...]:
         settings = self._settings
@@ -429,7 +395,28 @@ def _refuse_remains(store: Store, history: History, records: TaskRecords) -> Non
         )
 
 
-def _check_address(host: str, port: int, field: str) -> None:
+def _listen(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    field: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> str:
+    """Have a server listen, in the clear without credentials, and return where, ``host:port``.
+
+    Raises:
+        UnavailableError: it cannot.
+    """
+    host = f"[{host}]" if ":" in host else host
+    try:
+        if credentials is None:
+            return f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+        return f"{host}:{server.add_secure_port(f'{host}:{port}', credentials)}"
+    except RuntimeError as error:
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error}", field=field) from error
+
+
+def _check_address(host: str, port: int) -> None:
     """Bind to the address for a moment: grpc would not say why it cannot.
 
     Raises:
@@ -450,7 +437,7 @@ def _check_address(host: str, port: int, field: str) -> None:
                     return  # one is enough, for grpc as well
     except OSError as error:
         faults.append(error)
-    raise UnavailableError(f"cannot listen on {host}:{port}: {faults[0].strerror}", field=field)
+    raise UnavailableError(f"cannot listen on {host}:{port}: {faults[0].strerror}", field="port")
 
 
 async def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:

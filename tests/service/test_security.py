@@ -25,7 +25,6 @@ from inflora.v1 import (
     learner_service_pb2,
     model_service_pb2,
     predictor_service_pb2,
-    predictor_service_pb2_grpc,
 )
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
@@ -161,6 +160,25 @@ async def test_certificates_say_who_calls(
     assert cases == 9 * len(RPCS)
 
 
+async def test_who_is_unknown_is_refused_before_anything_is_read(
+    start: Callable[..., Any], tls: SecuritySettings
+) -> None:
+    """Also where a call has one message, which grpc.aio reads before it calls a handler."""
+    running = await start(security=replace(tls, tls_cert=None, tls_key=None))
+    for method in ("PredictorService/Predict", "LearnerService/LearnTask"):
+        silent = asyncio.Event()
+
+        async def nothing(silent: asyncio.Event = silent) -> AsyncIterator[bytes]:
+            await silent.wait()
+            yield b""
+
+        call = running.channel.stream_stream(f"/inflora.v1.{method}")(nothing())
+        with fails("UNAUTHENTICATED", "UNAUTHENTICATED", "authorization"):
+            async for _ in call:
+                pass
+        silent.set()
+
+
 # -- what is started ------------------------------------------------------------------------------
 
 
@@ -223,21 +241,6 @@ async def test_an_open_server_says_so(
         running = await start()
     assert running.server.address.startswith("127.0.0.1:")
     assert "loopback only" in caplog.text
-
-
-async def test_probes_that_cannot_do_tls(
-    start: Callable[..., Any], mutual: SecuritySettings, scene: Scene
-) -> None:
-    running = await start(security=mutual, health_port=0)
-    async with grpc.aio.insecure_channel(running.server.health_address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        answer = await health.Check(health_pb2.HealthCheckRequest())
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await predictor_service_pb2_grpc.PredictorServiceStub(channel).Predict(
-                predictor_pb.PredictRequest(images=[png()])
-            )
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 # -- what changes on the disk ---------------------------------------------------------------------
