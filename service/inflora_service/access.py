@@ -6,6 +6,7 @@ any of its messages is read.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -104,6 +105,8 @@ class Call:
         known: All who may call, when this was last looked at.
         digest: sha256 of the token; None if the certificate counts.
         certificate: Names in the certificate, if it counts.
+        counted: Whether it counts as running.
+        charged: Whether it does in the account.
     """
 
     method: str
@@ -113,15 +116,24 @@ class Call:
     known: Principals | None
     digest: bytes | None = None
     certificate: frozenset[str] = frozenset()
+    counted: bool = False
+    charged: bool = False
 
 
-_CALL: ContextVar[Call | None] = ContextVar("call", default=None)
+_CALL: ContextVar[Call] = ContextVar("call")
+"""Has no default: what asks outside of a call must not be taken for anybody."""
 
 
 def principal() -> Principal:
-    """Return who makes the call that is being answered."""
-    call = _CALL.get()
-    return ANYBODY if call is None or call.principal is None else call.principal
+    """Return who makes the call that is being answered.
+
+    Raises:
+        LookupError: none is.
+    """
+    found = _CALL.get().principal
+    if found is None:
+        raise LookupError("nobody has looked yet at who calls")
+    return found
 
 
 def require(role: Role, message: str) -> None:
@@ -179,50 +191,53 @@ class Access:
     def admit(self, method: str, role: Role, metadata: Any) -> Call:
         """Let a call in by what came with it before its messages, as far as that is enough.
 
+        It counts as running from now on, until ``end``.
+
         Raises:
             UnauthenticatedError: there is no token, or nobody's.
             PermissionDeniedError: whoever it is may not do that.
-            QuotaExceededError: they have done too much.
-        """
-        if self._principals is None:
-            return Call(method, role, ANYBODY, None, None)
-        known = self._principals.value
-        call = Call(method, role, None, None, known, digest=_digest(metadata))
-        if call.digest is not None:
-            self._enter(call)
-        elif not self._certificates:
-            raise UnauthenticatedError(
-                "say who you are: send a token as the metadata 'authorization: Bearer TOKEN'",
-                field="authorization",
-            )
-        return call
-
-    @contextlib.contextmanager
-    def running(self, call: Call, context: Context) -> Iterator[Call]:
-        """Count a call as long as it runs.
-
-        Raises:
-            InfloraError: as ``admit`` does, where the certificate says who calls.
+            QuotaExceededError: they have done too much, or do.
             LimitExceededError: too many calls are running.
         """
-        if call.principal is None:
-            call.certificate = certificate_names(context.auth_context())
-            self._enter(call)
+        if self._principals is None:
+            call = Call(method, role, ANYBODY, None, None)
+        else:
+            known = self._principals.value
+            call = Call(method, role, None, None, known, digest=_digest(metadata))
+            if call.digest is not None:
+                self._enter(call)
+            elif not self._certificates:
+                raise UnauthenticatedError(
+                    "say who you are: send a token as the metadata 'authorization: Bearer TOKEN'",
+                    field="authorization",
+                )
         if self._running >= self._max_calls:
+            self.end(call)
             raise LimitExceededError(
                 f"{self._max_calls} calls are under way, and the server takes no more at a time",
                 retry_seconds=1.0,
             )
-        account = call.account
-        if account is not None:
-            account.begin()
         self._running += 1
-        try:
-            yield call
-        finally:
+        call.counted = True
+        return call
+
+    def look_at_certificate(self, call: Call, context: Context) -> None:
+        """Let a call in by its certificate, if that has to say who calls.
+
+        Raises:
+            InfloraError: as ``admit`` does.
+        """
+        if call.principal is None:
+            call.certificate = certificate_names(context.auth_context())
+            self._enter(call)
+
+    def end(self, call: Call) -> None:
+        """Count a call as running no more. Again does no harm."""
+        if call.counted:
             self._running -= 1
-            if account is not None:
-                account.end()
+        if call.charged and call.account is not None:
+            call.account.end()
+        call.counted = call.charged = False
 
     def still(self, call: Call) -> None:
         """See that who may call when a message comes is who might when the call began.
@@ -243,6 +258,8 @@ class Access:
         call.principal = self._identify(call)
         call.account = self._accounts.of(call.principal)
         call.account.call()
+        call.account.begin()
+        call.charged = True
 
     def _identify(self, call: Call) -> Principal:
         assert call.known is not None, "somebody has to be known"
@@ -253,7 +270,7 @@ class Access:
         else:
             found = call.known.by_certificate(call.certificate)
             if found is None:
-                names = ", ".join(sorted(call.certificate)) or "no names"
+                names = ", ".join(map(ascii, sorted(call.certificate))) or "no names"
                 raise UnauthenticatedError(
                     f"nobody has this certificate, or more than one ({names}), and there is no "
                     "token"
@@ -291,9 +308,10 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 raise PermissionDeniedError("there is no rule for this rpc: nobody may call it")
             role = RULES[method]
             if role is not None:
-                _CALL.set(
-                    self._access.admit(method, role, handler_call_details.invocation_metadata)
-                )
+                metadata = handler_call_details.invocation_metadata
+                call = self._access.admit(method, role, metadata)
+                _CALL.set(call)
+                _at_the_end(lambda: self._access.end(call))
         except InfloraError as error:
             self._access.refused(method, error)
             raise
@@ -325,7 +343,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 response = await behaviour(receive(call, request), context)
                 if call.account is not None:
                     call.account.charge(response.ByteSize())
-                return response
+            return response
 
         return answer
 
@@ -347,15 +365,18 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     @contextlib.contextmanager
     def _begun(self, context: Context) -> Iterator[Call]:
-        call = _CALL.get()
-        assert call is not None, "intercept_service comes before, in the same task"
-        with contextlib.ExitStack() as stack:
+        """Look at who calls, where that has not been done, and count the call to its end."""
+        call = _CALL.get()  # of intercept_service, which comes before in the same task
+        try:
             try:
-                stack.enter_context(self._access.running(call, context))
+                self._access.look_at_certificate(call, context)
             except InfloraError as error:
                 self._access.refused(call.method, error)
                 raise
             yield call
+        finally:
+            # Before the caller is told of the end, who may be at their limit and call again.
+            self._access.end(call)
 
     def _request(self, call: Call, request: Any) -> Any:
         if call.account is not None:
@@ -381,6 +402,13 @@ class _Requests(AsyncIterator[Any]):
             as_call = self._call.method == _PREDICT_STREAM
             await self._call.account.pace(request.ByteSize(), as_call=as_call)
         return request
+
+
+def _at_the_end(do: Callable[[], None]) -> None:
+    """Do something when the call has ended, also one whose message never came."""
+    task = asyncio.current_task()
+    assert task is not None, "a call is a task"
+    task.add_done_callback(lambda _: do())
 
 
 def _few(handler: Any, most: int) -> Handler:

@@ -441,6 +441,33 @@ async def test_calls_at_a_time(start: Callable[..., Any], tmp_path: Path, script
         await one.get(task.name)
 
 
+async def test_a_call_whose_message_does_not_come_counts_until_it_is_given_up(
+    start: Callable[..., Any],
+) -> None:
+    running = await start(limits=Limits(reserve_bytes=0, max_calls=1))
+
+    async def reason() -> str:
+        try:
+            await running.model.ListVersions(model_pb.ListVersionsRequest())
+        except grpc.aio.AioRpcError as error:
+            return fault_of(error).reason
+        return ""
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    predict = running.channel.stream_stream("/inflora.v1.PredictorService/Predict")
+    async with asyncio.timeout(60):
+        silent = predict(nothing())
+        while await reason() != "LIMIT_EXCEEDED":
+            if silent.done():  # the only place was taken by the other call
+                silent = predict(nothing())
+        silent.cancel()
+        while await reason():
+            pass
+
+
 async def test_tasks_in_the_queue_and_who_sent_them(
     start: Callable[..., Any], tmp_path: Path, script: Script, settings: Settings
 ) -> None:
