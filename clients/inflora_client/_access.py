@@ -39,13 +39,14 @@ class Access:
             raise ValueError("give token or token_file, not both")
         if (self.cert is None) != (self.key is None):
             raise ValueError("cert and key belong together")
-        if self.credentials is not None and self._encrypted:
+        if self.credentials is not None and self.encrypted:
             raise ValueError("credentials replace tls, ca, cert and key: give them or those")
         if self.token is not None:
             _check_token(self.token, "token")
 
     @property
-    def _encrypted(self) -> bool:
+    def encrypted(self) -> bool:
+        """Whether the files ask for TLS; ``credentials`` may, too."""
         return self.tls or self.ca is not None or self.cert is not None
 
     @property
@@ -90,7 +91,7 @@ class Access:
     def _channel_credentials(self, target: str) -> grpc.ChannelCredentials | None:
         if self.credentials is not None:
             return self.credentials
-        if self._encrypted:
+        if self.encrypted:
             return grpc.ssl_channel_credentials(
                 *(
                     Path(each).read_bytes() if each else None

@@ -315,6 +315,7 @@ async def test_the_command_says_who_calls(
         (("promote", "1"), env, 1, "role"),
         (("--cert", ca, "versions"), {}, 2, "belong together"),
         (("--token-file", tmp_path / "none", "versions"), {}, 2, "none"),
+        (("--ca", scene.folder / "theirs.pem", "versions"), env, 3, "does not vouch"),
         (("--server", "example.com:1", "--token-file", file, "versions"), {}, 2, "in the clear"),
     ):
         found = await run(*arguments, **more)

@@ -83,9 +83,14 @@ class Session:
             with Client(self.server, retry=_RETRY, **self.access.arguments()) as client:
                 yield client
         except UnavailableError as error:
+            secret = (
+                "; with TLS, it can also be that --ca does not vouch for it, or that it asks for "
+                "a certificate (--cert, --key)"
+            )
             fail(
                 f"cannot reach the server at {self.server} ({error}); start one with "
-                "'inflora serve', or name another with --server",
+                "'inflora serve', or name another with --server"
+                + (secret if self.access.encrypted else ""),
                 EXIT_UNREACHABLE,
             )
         except InsecureTokenError as error:
