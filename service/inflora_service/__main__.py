@@ -17,6 +17,7 @@ from inflora_core.config import PRESETS, Gate, LearnConfig, Limits, Retention, p
 from inflora_core.errors import InfloraError, InvalidInputError
 from inflora_service import backbone_source
 from inflora_service.examples import KeepExamples
+from inflora_service.security import SecuritySettings
 from inflora_service.server import Settings, serve
 
 log = logging.getLogger("inflora_service")
@@ -40,8 +41,17 @@ _LIMIT_OPTIONS = {
     "task_attempts": "how often a worker may die of a task before it is set aside",
     "task_seconds": "longest time in work on a task; 0: any",
     "reserve_bytes": "what stays free on the disk, or nothing is accepted",
+    "max_calls": "most calls at a time, but for health",
 }
 """Fields of ``Limits`` with an option of their own."""
+
+_SECURITY_FILES = {
+    "tls_cert": "the server's certificate, and those of authorities between; PEM",
+    "tls_key": "its private key, without a passphrase; PEM",
+    "tls_client_ca": "who signs clients' certificates; every client needs one then",
+    "tokens": "who may do what: principals with roles, hashes of tokens, names in certificates",
+}
+"""Fields of ``SecuritySettings`` that are files, read anew when they change."""
 
 OFF = "off"
 """Instead of a limit: the check is left out."""
@@ -130,6 +140,18 @@ def _parser() -> argparse.ArgumentParser:
         defaults.cache_bytes,
         "what a predictor keeps of the shared store's files; 0: all that it fetched",
         type=_count,
+    )
+
+    group = parser.add_argument_group(
+        "security (docs/security.md): without credentials only loopback is listened on"
+    )
+    for name, text in _SECURITY_FILES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="FILE", help=text)
+    group.add_argument(
+        "--insecure",
+        action="store_true",
+        default=False,
+        help="listen to other machines without asking who they are, or take tokens in the clear",
     )
 
     group = parser.add_argument_group("learning, where a task asks for nothing else")
@@ -301,6 +323,11 @@ def _gate(arguments: argparse.Namespace) -> Gate:
         raise InvalidInputError(f"{option}: {first['msg']}, or {OFF}") from error
 
 
+def _security(arguments: argparse.Namespace) -> SecuritySettings:
+    files: dict[str, Any] = {name: getattr(arguments, name, None) for name in _SECURITY_FILES}
+    return SecuritySettings(**files, insecure=arguments.insecure)
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     return Settings(
         store=arguments.store,
@@ -331,6 +358,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         take_over=arguments.take_over,
         poll_seconds=arguments.poll_seconds,
         cache_bytes=arguments.cache_bytes,
+        security=_security(arguments),
     )
 
 

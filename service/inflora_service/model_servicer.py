@@ -15,9 +15,9 @@ from inflora.v1 import model_service_pb2_grpc
 from inflora_core.errors import DamagedError, NotFoundError, StateError
 from inflora_core.model import Version
 from inflora_core.store import ONNX_FILE, Store
-from inflora_service import codec, names
+from inflora_service import access, codec, names
+from inflora_service.access import caller
 from inflora_service.artifacts import read_artifact
-from inflora_service.auditing import caller
 from inflora_service.errors import Context
 from inflora_service.promoting import ModelHost
 from inflora_service.serving import Host
@@ -95,6 +95,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         """Stream a file of a version."""
         version = await self._version(request.name)
         name = request.artifact or ONNX_FILE
+        if name != ONNX_FILE:
+            # Statistics of customers' images, and what the next task is learned with.
+            access.require("learn", f"{name} needs the role 'learn', only {ONNX_FILE} does not")
         path = await asyncio.to_thread(self._store.path, version.number, name)
         entry = version.file(name)
         assert entry is not None, "Store.path refuses what the manifest does not list"

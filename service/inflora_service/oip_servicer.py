@@ -138,4 +138,4 @@ def _naming_fields() -> Iterator[None]:
     except InfloraError as error:
         if not error.field:
             raise
-        raise type(error)(f"{error.field}: {error.message}", field=error.field) from error
+        raise error.renamed(f"{error.field}: {error.message}", error.field) from error

@@ -44,10 +44,11 @@ from inflora_core.replica import Replica, is_replica
 from inflora_core.shared import SharedStore
 from inflora_core.store import Store
 from inflora_service import backbone_source
+from inflora_service.access import AccessInterceptor
 from inflora_service.auditing import AuditTrail
 from inflora_service.backbone_source import BackboneSource
 from inflora_service.codec import receive_bytes
-from inflora_service.errors import ErrorInterceptor
+from inflora_service.errors import Context, ErrorInterceptor
 from inflora_service.evaluating import Evaluator
 from inflora_service.evaluator_servicer import EvaluatorServicer
 from inflora_service.examples import Examples, KeepExamples
@@ -60,7 +61,9 @@ from inflora_service.predictor_servicer import PredictorServicer
 from inflora_service.promoting import ModelHost
 from inflora_service.publishing import Publisher
 from inflora_service.records import TaskRecords
+from inflora_service.reloading import keep_fresh
 from inflora_service.resuming import Uploads
+from inflora_service.security import Security, SecuritySettings
 from inflora_service.serving import Host
 from inflora_service.space import Space
 from inflora_service.store_lock import StoreLock
@@ -117,6 +120,7 @@ class Settings:
         poll_seconds: From one look of a predictor at the shared store to the next.
         cache_bytes: What a predictor keeps of the shared store's files; 0: all that it fetched.
         worker: How to start the learning worker; more arguments are appended.
+        security: Who may call, and whether others can listen in.
     """
 
     store: Path
@@ -148,6 +152,15 @@ class Settings:
     poll_seconds: float = 5.0
     cache_bytes: int = 0
     worker: tuple[str, ...] = (sys.executable, "-m", "inflora_core.worker_start")
+    security: SecuritySettings = field(default_factory=SecuritySettings)
+
+
+class _Health(health_aio.HealthServicer):
+    """gRPC's own, without ``List``: what it inherits would log a traceback at each call."""
+
+    async def List(self, request: object, context: Context) -> None:
+        """Say that there is no such rpc."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Check or Watch")
 
 
 class Server:
@@ -169,7 +182,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._health = health_aio.HealthServicer()
+        self._health = _Health()
         self._health_changes: set[asyncio.Task[None]] = set()
         self._undo = AsyncExitStack()
         self._lost: FencedError | None = None
@@ -183,13 +196,17 @@ class Server:
             StoreFormatError: a newer release wrote the store.
             DamagedError: the store's backbone or its records are damaged, or lost while versions or
                 tasks are there.
+            InvalidInputError: certificates or tokens cannot be used, or anybody could call.
             InfloraError: for a new store, why there can be none with that backbone.
         """
         async with AsyncExitStack() as undo:
+            # First of all: what may not be started so must not leave a store behind.
+            await self._secure(undo)
             if self._settings.role == "predictor":
                 await self._start_following(undo)
             else:
                 await self._start(undo)
+            self._security.announce()
             self._undo = undo.pop_all()
 
     async def wait_over(self) -> None:
@@ -248,6 +265,7 @@ class Server:
             *(store, records, host, audit, learner, settings.learn, settings.limits),
             *(settings.gate, settings.canary_images, settings.retention),
             *(examples, uploads, space),
+            self._security.access.queued_tasks,
         )
         self.host, self.tasks = host, tasks
         undo.push_async_callback(uploads.close)
@@ -342,25 +360,31 @@ class Server:
             precision=settings.predict_precision,
         )
 
+    async def _secure(self, undo: AsyncExitStack) -> None:
+        """Read certificates and tokens, and go on doing so when they change."""
+        settings = self._settings
+        self._security = await asyncio.to_thread(
+            Security, settings.security, settings.host, settings.limits.max_calls
+        )
+        if watched := self._security.watched:
+            seconds = settings.security.reload_seconds
+            fresh = asyncio.create_task(keep_fresh(watched, seconds), name="keep-fresh")
+            undo.callback(fresh.cancel)
+
     def _bind(self) -> tuple[grpc.aio.Server, str]:
         settings = self._settings
         _check_address(settings.host, settings.port)
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(), AccessInterceptor(self._security.access)],
             options=[
                 # Two servers on one port would share its connections at random.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", receive_bytes(settings.limits)),
             ],
         )
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        try:
-            port = server.add_insecure_port(f"{host}:{settings.port}")
-        except RuntimeError as error:
-            raise UnavailableError(
-                f"cannot listen on {host}:{settings.port}: {error}", field="port"
-            ) from error
-        return server, f"{host}:{port}"
+        certificates = self._security.certificates
+        credentials = certificates.credentials() if certificates else None
+        return server, _listen(server, settings.host, settings.port, "port", credentials)
 
     def _worker_command(self) -> tuple[str, ...]:
         settings = self._settings
@@ -483,6 +507,27 @@ def _refuse_remains(store: Store, history: History, records: TaskRecords) -> Non
             f"the store {store.root} has a past, but no backbone: it is damaged; see what "
             "inflora doctor says of it"
         )
+
+
+def _listen(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    field: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> str:
+    """Have a server listen, in the clear without credentials, and return where, ``host:port``.
+
+    Raises:
+        UnavailableError: it cannot.
+    """
+    host = f"[{host}]" if ":" in host else host
+    try:
+        if credentials is None:
+            return f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+        return f"{host}:{server.add_secure_port(f'{host}:{port}', credentials)}"
+    except RuntimeError as error:
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error}", field=field) from error
 
 
 def _check_address(host: str, port: int) -> None:

@@ -39,6 +39,7 @@ from inflora_client import (
     NoveltyEvaluation,
     NoveltyShare,
     OutOfRangeError,
+    PermissionDeniedError,
     ResourceExhaustedError,
     StatusError,
     TaskEvaluation,
@@ -47,6 +48,7 @@ from inflora_client import (
     TaskKind,
     TaskStage,
     TaskState,
+    UnauthenticatedError,
     UnavailableError,
     UnknownLabel,
 )
@@ -653,7 +655,9 @@ class TestErrors:
             ("DATA_LOSS", DataLossError),
             ("OUT_OF_RANGE", OutOfRangeError),
             ("INTERNAL", InternalError),
-            ("PERMISSION_DENIED", StatusError),
+            ("UNAUTHENTICATED", UnauthenticatedError),
+            ("PERMISSION_DENIED", PermissionDeniedError),
+            ("ABORTED", StatusError),
         ],
     )
     def test_each_status_has_its_class(
