@@ -13,7 +13,9 @@ import logging
 import os
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -22,16 +24,18 @@ from inflora_core.errors import (
     DamagedError,
     InvalidInputError,
     NotFoundError,
+    StateError,
     UnavailableError,
 )
 from inflora_core.model import FileEntry, Version
 from inflora_core.shared import Index, IndexedVersion, SharedStore
-from inflora_core.store import ONNX_FILE, Store
+from inflora_core.store import FOLLOWS, ONNX_FILE, Store, check_new
 
 log = logging.getLogger(__name__)
 
-FILE = "FOLLOWS"
-"""Says which shared store a folder is a copy of; without it, it is a store of its own."""
+_LARGE = (".onnx", ".safetensors")
+_AT_A_TIME = 16
+"""Manifests that are fetched at a time: each is small, and a new copy needs all of them."""
 
 
 class Replica(Store):
@@ -53,7 +57,7 @@ class Replica(Store):
             InvalidInputError: it is a store of its own, or a copy of another one.
             DamagedError, StoreFormatError, OSError: as ``Store.open``.
         """
-        marker = root / FILE
+        marker = root / FOLLOWS
         if not marker.exists() and (root / "FORMAT").exists():
             raise InvalidInputError(
                 f"{root} is a store of its own, and cannot follow another: use an empty folder",
@@ -64,12 +68,11 @@ class Replica(Store):
                 f"{root} is a copy of {followed}, not of {shared.url}: use an empty folder",
                 field="store",
             )
-        replica = cls.open(root)
         if not marker.exists():
+            check_new(root)
+            durable.make_folder(root)
             durable.replace(marker, json.dumps({"url": shared.url}).encode() + b"\n")
-        replica.clear_drafts()
-        for left in replica.half_replaced():
-            left.unlink()
+        replica = cls.open(root)
         replica.shared, replica.cache_bytes = shared, cache_bytes
         return replica
 
@@ -83,11 +86,19 @@ class Replica(Store):
     def __init__(self, root: Path) -> None:
         """Use ``Replica.of``."""
         super().__init__(root)
+        self.outdated = False
+        """Whether classes were forgotten since whoever answers was told: he sets it back."""
         self._taken: dict[int, IndexedVersion] = {}
-        self._fetching = threading.Lock()
+        self._locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
-    def take(self, index: Index) -> bool:
-        """Know what an index names, and nothing else; return whether other classes are forgotten.
+    def tidy(self) -> None:
+        """Remove what an earlier process left half-done. Only the one that writes may call this."""
+        self.clear_drafts()
+        for left in self.half_replaced():
+            left.unlink()
+
+    def take(self, index: Index) -> None:
+        """Know what an index names, and nothing else.
 
         It can be taken again, should it be interrupted. What is forgotten comes first: nothing that
         is read from then on has it.
@@ -97,19 +108,22 @@ class Replica(Store):
             DamagedError, UnavailableError: as ``SharedStore.get``.
             OSError: the disk does not take it.
         """
-        forgotten = bool(index.forgotten) and _sha256(self._forgotten) != index.forgotten
-        if forgotten:
+        if index.forgotten and _sha256(self._forgotten) != index.forgotten:
             durable.replace(self._forgotten, self.shared.get(index.forgotten))
-        if index.backbone and not self.has_backbone():
-            manifest = self.shared.get(index.backbone_files["manifest.json"])
-            if not (folder := self.root / "backbones" / index.backbone).exists():
-                self._commit({}, manifest, folder)
-            durable.replace(self._model / "backbone", f"{index.backbone}\n".encode())
-        for number, version in index.versions.items():
-            if self._taken.get(number) != version:
-                self._take_version(number, version)
+            self.outdated = True
+        if index.backbone:
+            self._take_backbone(index)
+        changed = {n: v for n, v in index.versions.items() if self._taken.get(n) != v}
+        with ThreadPoolExecutor(_AT_A_TIME, "fetch-manifest") as pool:
+            manifests = pool.map(self._manifest_of, changed, changed.values())
+            for (number, version), manifest in zip(changed.items(), manifests, strict=True):
+                self._take_version(number, version, manifest)
                 self._taken[number] = version
-        return forgotten
+        for number in set(self.numbers()) - set(index.versions):
+            log.warning("version %d is not published any more", number)
+            self._taken.pop(number, None)
+            shutil.rmtree(self._folder(number))
+            self.outdated = True
 
     def take_all(self, index: Index) -> None:
         """Take an index, and fetch every file that it names.
@@ -127,6 +141,7 @@ class Replica(Store):
             for entry in version.files:
                 if entry.name in index.versions[number].files:
                     self._provide(self._folder(number), entry)
+            durable.sync_folder(self._folder(number))
 
     def trim(self, keep: Collection[int]) -> None:
         """Delete the files that were not used for longest, until the rest fit into the cache.
@@ -140,7 +155,7 @@ class Replica(Store):
         files = []
         for path in self._versions.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):
-                if path.suffix in (".onnx", ".safetensors"):
+                if path.suffix in _LARGE:
                     files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         left = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -150,43 +165,54 @@ class Replica(Store):
                 path.unlink(missing_ok=True)
                 left -= size
 
-    def _take_version(self, number: int, version: IndexedVersion) -> None:
-        folder = self._folder(number)
-        manifest = folder / "manifest.json"
-        if not manifest.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            self._commit({}, self.shared.get(version.manifest), folder)
-        elif _sha256(manifest) != version.manifest or not self._is_readable(number):
-            self._replace_manifest(folder, self.shared.get(version.manifest))
-        for name, wanted in (("PINNED", version.pinned), ("RETIRED", version.retired)):
-            if wanted and not (folder / name).exists():
-                durable.replace(folder / name, b"")
-            elif not wanted:
-                (folder / name).unlink(missing_ok=True)
-        # Of a purge or a retirement.
-        for path in folder.glob("*.*"):
-            if path.suffix in (".onnx", ".safetensors") and not self._is_wanted(path, version):
-                path.unlink(missing_ok=True)
-
-    def _is_readable(self, number: int) -> bool:
-        try:
-            self.manifest(number)
-        except DamagedError:
-            return False
-        return True
-
-    def _is_wanted(self, path: Path, version: IndexedVersion) -> bool:
-        # model.onnx is let go there to save room, and may be of use here.
-        whole = "head.safetensors" in version.files
-        return path.name in version.files or (path.name == ONNX_FILE and whole)
-
     def damage(self, version: Version) -> Iterator[tuple[FileEntry, DamagedError]]:
         """Yield nothing: what is not as it should be is fetched again when it is used."""
         return iter(())
 
+    def _take_backbone(self, index: Index) -> None:
+        folder = self.root / "backbones" / index.backbone
+        if not (folder / "manifest.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            self._commit({}, self.shared.get(index.backbone_files["manifest.json"]), folder)
+        name = self._model / "backbone"
+        if not name.exists() or name.read_text().strip() != index.backbone:
+            durable.replace(name, f"{index.backbone}\n".encode())
+
+    def _manifest_of(self, number: int, version: IndexedVersion) -> bytes | None:
+        """Return the manifest of a version, None where that is here, and sound."""
+        path = self._folder(number) / "manifest.json"
+        if path.exists() and _sha256(path) == version.manifest:
+            with contextlib.suppress(DamagedError):
+                self.manifest(number)
+                return None
+        return self.shared.get(version.manifest)
+
+    def _take_version(self, number: int, version: IndexedVersion, manifest: bytes | None) -> None:
+        folder = self._folder(number)
+        if manifest is not None and (folder / "manifest.json").exists():
+            self._replace_manifest(folder, manifest)
+        elif manifest is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._commit({}, manifest, folder)
+        for name, wanted in (("PINNED", version.pinned), ("RETIRED", version.retired)):
+            if wanted and not (folder / name).exists():
+                durable.replace(folder / name, b"")
+                self.outdated |= name == "RETIRED"
+            elif not wanted:
+                (folder / name).unlink(missing_ok=True)
+        if "head.safetensors" in version.files:
+            return
+        # Of a purge or a retirement. What is being made, or fetched, is not there yet, or not any
+        # more: whoever does that looks at the manifest and the marks with the lock.
+        with self._rewriting:
+            for path in folder.glob("*.*"):
+                if path.suffix in _LARGE and path.name not in version.files:
+                    with self._locks[path]:
+                        path.unlink(missing_ok=True)
+
     def _provide(self, folder: Path, entry: FileEntry) -> None:
         path = folder / entry.name
-        with self._fetching:
+        with self._locks[path]:
             try:
                 os.utime(path)  # for ``trim``
                 if path.stat().st_size == entry.size and _sha256(path) == entry.sha256:
@@ -194,6 +220,7 @@ class Replica(Store):
                 log.warning("%s is damaged, and fetched again", path)
             except FileNotFoundError:
                 pass
+            self._check_wanted(folder, entry)
             try:
                 self.shared.fetch(entry.sha256, path)
             except NotFoundError as error:
@@ -206,11 +233,28 @@ class Replica(Store):
                     raise
                 path.unlink(missing_ok=True)
                 log.warning("%s cannot be fetched; trying to make it", path)
+            try:
+                self._check_wanted(folder, entry)
+            except StateError:
+                path.unlink(missing_ok=True)
+                raise
+
+    def _check_wanted(self, folder: Path, entry: FileEntry) -> None:
+        """Refuse a file of a version that was purged or retired meanwhile."""
+        if folder.parent != self._versions:
+            return
+        number = int(folder.name)
+        with contextlib.suppress(NotFoundError):
+            version = self.version(number)
+            stripped = version.state.stripped and entry.name != "factors.safetensors"
+            if not stripped and self.manifest(number).file(entry.name) is not None:
+                return
+        raise StateError(f"{entry.name} of version {number} was let go", field="name")
 
 
 def is_replica(root: Path) -> bool:
     """Whether a folder is a copy of a shared store."""
-    return (root / FILE).exists()
+    return (root / FOLLOWS).exists()
 
 
 def _url(marker: Path) -> str:

@@ -142,11 +142,18 @@ class Seen:
 class SharedStore:
     """Reads and writes at a URL. Blocks; safe for several threads."""
 
-    def __init__(self, url: str, opened: Callable[[], ObjectStore], cell: _Cell) -> None:
+    def __init__(
+        self,
+        url: str,
+        opened: Callable[[], ObjectStore],
+        cell: _Cell,
+        folder: Path | None = None,
+    ) -> None:
         """Use ``SharedStore.open``."""
         self.url = url
         self._opened = opened
         self._cell = cell
+        self._folder = folder
 
     @cached_property
     def _objects(self) -> ObjectStore:
@@ -166,6 +173,13 @@ class SharedStore:
             InvalidInputError: it is no such URL, or what the environment says makes no sense.
         """
         parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            # It would be in logs, and in what clients are told.
+            raise InvalidInputError(
+                "the URL of a shared store holds no credentials and no options: they come from the "
+                "environment",
+                field="shared",
+            )
         if parts.scheme == "file":
             folder = Path(unquote(parts.path))
             if parts.netloc or not folder.is_absolute() or folder == Path("/"):
@@ -173,7 +187,9 @@ class SharedStore:
                     f"{url!r} names no folder: it has three slashes, as in file:///data/shared",
                     field="shared",
                 )
-            return cls(url, lambda: LocalStore(folder, mkdir=True), _FileCell(folder / _ROOT))
+            return cls(
+                url, lambda: LocalStore(folder, mkdir=True), _FileCell(folder / _ROOT), folder
+            )
         if parts.scheme not in ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss"):
             raise InvalidInputError(
                 f"{url!r} is no URL of a shared store: use s3://, gs://, az:// or file:///",
@@ -219,6 +235,8 @@ class SharedStore:
         now = self.root()
         if now is not None and now.root == root:
             return now  # moved by an earlier attempt, of which the answer was lost
+        if now is not None and (now.root.writer, now.root.epoch) == (root.writer, root.epoch):
+            raise UnavailableError(f"{self.url}: an earlier attempt came late; once more")
         raise self.fenced(now)
 
     def fenced(self, now: Seen | None) -> FencedError:
@@ -243,11 +261,18 @@ class SharedStore:
             OSError: the file cannot be read.
         """
         name = sha256 or hashlib.sha256(_read(content)).hexdigest()
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
         with self._telling():
             with contextlib.suppress(*_ABSENT):  # a bucket that is not there: the next step tells
-                obstore.head(self._objects, _OBJECTS + name)
-                return name
-            obstore.put(self._objects, _OBJECTS + name, content)
+                if obstore.head(self._objects, _OBJECTS + name)["size"] == size:
+                    return name
+            if self._folder is None:
+                obstore.put(self._objects, _OBJECTS + name, content)
+            else:
+                # obstore does not flush: a power cut would leave a root that names torn files.
+                path = self._folder / _OBJECTS / name
+                durable.make_folder(path.parent)
+                durable.replace(path, _read(content))
         return name
 
     def get(self, sha256: str) -> bytes:
@@ -277,6 +302,8 @@ class SharedStore:
                 for piece in self._pieces(sha256):
                     found.update(piece)
                     file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
             if found.hexdigest() != sha256:
                 raise self._damaged(sha256)
             os.replace(draft, to)
@@ -296,15 +323,17 @@ class SharedStore:
             ):
                 obstore.delete(self._objects, _OBJECTS + name)
 
-    def names(self) -> set[str]:
-        """Return the names of all files.
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes of all files, in bytes, by name.
 
         Raises:
             UnavailableError: the store cannot be reached.
         """
         with self._telling():
             listed = obstore.list(self._objects, prefix=_OBJECTS)
-            return {each["path"].rpartition("/")[2] for some in listed for each in some}
+            return {
+                each["path"].rpartition("/")[2]: each["size"] for some in listed for each in some
+            }
 
     def index(self, root: Root) -> Index:
         """Return what a root names.
@@ -343,7 +372,7 @@ class SharedStore:
             if absent and isinstance(error, _ABSENT):
                 raise
             raise UnavailableError(
-                f"the shared store {self.url} cannot be used: {_first_line(error)}", field="shared"
+                f"the shared store {self.url} cannot be used: {_first_line(error)}"
             ) from error
 
 

@@ -104,6 +104,9 @@ _OWN = (ONNX_FILE, _HEAD, _MEMORY)
 """What only the version itself needs, and what a purge or its retirement deletes. The factors stay:
 later versions' weights are made of them."""
 
+FOLLOWS = "FOLLOWS"
+"""Says which shared store a folder is a copy of; without it, it is a store of its own."""
+
 _BACKBONE_FILES = ("weights.safetensors", "template.onnx", "manifest.json")
 
 _MANIFEST = "manifest.json"
@@ -143,7 +146,7 @@ class StoredVersion:
     Attributes:
         number: Its number.
         manifest: Its manifest, as it is on the disk.
-        files: Those that are there, and where.
+        files: Those that it should have, and where.
         pinned: Whether it is kept however old it is.
         retired: Whether its data were let go.
     """
@@ -193,11 +196,7 @@ class Store:
             raise InvalidInputError(f"{path} is not a folder", field="store")
         marker = path / "FORMAT"
         if not marker.exists():
-            if path.is_dir() and not all(_may_be_in_new_store(name) for name in path.iterdir()):
-                raise InvalidInputError(
-                    f"{path} has no FORMAT file, so it is not a store, and it is not empty",
-                    field="store",
-                )
+            check_new(path)
             durable.make_folder(path)
             durable.replace(marker, json.dumps({"format": FORMAT}).encode() + b"\n")
         store = cls.existing(path)
@@ -244,7 +243,8 @@ class Store:
 
     def half_replaced(self) -> Iterator[Path]:
         """Yield what is left of files that were to replace others when their writer ended."""
-        for folder in (self.root, self._model, *sorted(self._versions.glob("*/"))):
+        folders = (*self._versions.glob("*/"), *(self.root / "backbones").glob("*/"))
+        for folder in (self.root, self._model, *sorted(folders)):
             yield from filter(durable.is_draft, sorted(folder.glob(".*")))
 
     # -- the backbone -----------------------------------------------------------------------
@@ -379,8 +379,13 @@ class Store:
         folder = self._folder(number)
         if not folder.exists():
             raise NotFoundError(f"there is no version {number}", field="name")
+        return self._parsed(number, _read_manifest(folder))
+
+    def _parsed(self, number: int, manifest: bytes) -> Version:
+        """Return what the manifest of version ``number`` says."""
+        folder = self._folder(number)
         try:
-            version = _VERSION.validate_json(_read_manifest(folder))
+            version = _VERSION.validate_json(manifest)
         except ValidationError as error:
             raise DamagedError(f"{folder / _MANIFEST} cannot be read: {error}") from error
         if version.number != number:
@@ -1011,25 +1016,29 @@ class Store:
                     return f"; use version {number}"
         return ""
 
-    def stored_versions(self) -> Iterator[StoredVersion]:
-        """Yield the versions as they lie here, for a copy of them.
+    def stored_versions(self) -> Iterator[tuple[int, StoredVersion | None]]:
+        """Yield the versions as they lie here, for a copy of them; None if one cannot be read.
 
-        One whose manifest cannot be read is passed over. Files may go while it is looked at.
+        Files may go while it is looked at.
         """
         pinned, retired = self.marked()
-        for number, version in self._manifests():
+        for number in self.numbers():
             folder = self._folder(number)
             gone = _OWN if number in retired else ()
-            files = tuple(
-                (entry, folder / entry.name)
-                for entry in version.files
-                if entry.name not in gone and (folder / entry.name).exists()
-            )
-            with contextlib.suppress(
-                DamagedError
-            ):  # a purge replaces it, and tells when it is done
+            try:
                 manifest = _read_manifest(folder)
-                yield StoredVersion(number, manifest, files, number in pinned, number in retired)
+                version = self._parsed(number, manifest)
+            except DamagedError as error:
+                log.warning("passing over version %d: %s", number, error)
+                yield number, None
+                continue
+            files = tuple(
+                (entry, folder / entry.name) for entry in version.files if entry.name not in gone
+            )
+            yield (
+                number,
+                StoredVersion(number, manifest, files, number in pinned, number in retired),
+            )
 
     def stored_backbone(self) -> tuple[str, dict[str, Path]]:
         """Return the backbone's name, and its files by name; nothing of them is read.
@@ -1107,9 +1116,22 @@ def initial_layer(qkv_weight: Array) -> LayerState:
     )
 
 
+def check_new(path: Path) -> None:
+    """Refuse to begin a store in a folder with other things in it.
+
+    Raises:
+        InvalidInputError: that is so.
+    """
+    if path.is_dir() and not all(_may_be_in_new_store(name) for name in path.iterdir()):
+        raise InvalidInputError(
+            f"{path} has no FORMAT file, so it is not a store, and it is not empty", field="store"
+        )
+
+
 def _may_be_in_new_store(path: Path) -> bool:
     """Whether ``path`` may lie in a folder that becomes a store."""
-    return path.name == "lost+found" or path.name.startswith(_FORMAT_DRAFT)
+    ours = (_FORMAT_DRAFT, f".{FOLLOWS}.")
+    return path.name in ("lost+found", FOLLOWS) or path.name.startswith(ours)
 
 
 def _withheld(version: Version) -> tuple[str, ...]:

@@ -6,17 +6,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 from inflora_core.config import Limits
-from inflora_core.errors import DamagedError, InfloraError, NotFoundError, StateError
+from inflora_core.errors import InfloraError
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.replica import Replica
 from inflora_core.shared import Root
 from inflora_service.aio import unbroken
-from inflora_service.serving import Host, Loaded
+from inflora_service.serving import Host
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class FollowingHost(Host):
@@ -40,34 +44,36 @@ class FollowingHost(Host):
         super().__init__(replica, options, limits, on_serving=on_serving)
         self._replica = replica
 
-    async def follow(self, number: int, *, forgotten: bool = False) -> None:
+    async def follow(self, number: int) -> None:
         """Answer with version ``number`` from now on, once it is loaded and warm.
 
-        Args:
-            number: The version.
-            forgotten: Whether classes were forgotten since the last call: other versions that know
-                them are let go.
+        Where classes were forgotten or versions let go since the last call, none that is loaded
+        answers any more.
 
         Raises:
             NotFoundError, StateError, DamagedError, UnavailableError: it cannot be loaded. What
                 answered before goes on.
         """
         async with self._swap:
-            if forgotten:
+            outdated = self._replica.outdated
+            if outdated:
                 self._drop_pinned()
             # What answers may know what is forgotten: then the same version is read again.
-            loaded = await (self._load_in_turn(number) if forgotten else self._get(number))
+            loaded = await (self._load_in_turn(number) if outdated else self._get(number))
             self._pinned.pop(number, None)
             # Running calls hold the version they began with; it goes when the last of them ends.
             self._current = replace(loaded, generation=self._generation)
             self._on_serving()
             await asyncio.to_thread(self._replica.set_current, number)
+            self._replica.outdated = False
 
-    def _load(self, number: int) -> Loaded:
-        loaded = super()._load(number)
-        current = [self._current.version.number] if self._current else []
-        self._replica.trim({number, *current, *self._pinned})
-        return loaded
+    async def trim(self) -> None:
+        """Let files go that do not fit into the cache, but for those of loaded versions."""
+        loaded = set(self._pinned)
+        if self._current is not None:
+            loaded.add(self._current.version.number)
+        # Where versions are loaded, so that none is that is just being read.
+        await asyncio.get_running_loop().run_in_executor(self._loader, self._replica.trim, loaded)
 
 
 class Follower:
@@ -92,7 +98,8 @@ class Follower:
         self._poll_seconds = poll_seconds
         self._on_sound = on_sound
         self._followed: Root | None = None
-        self._forgotten = False
+        # Its own: others wait in asyncio's for as long as the shared store is slow.
+        self._pool = ThreadPoolExecutor(1, "follow")
         self._fault = ""
         self._since = time.monotonic()
         self._turn = asyncio.Lock()
@@ -110,6 +117,7 @@ class Follower:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.wait([self._looking])
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def lag_seconds(self) -> float:
@@ -124,23 +132,27 @@ class Follower:
     async def _look(self) -> None:
         began = time.monotonic()
         try:
-            seen = await asyncio.to_thread(self._replica.shared.root)
+            seen = await self._in_thread(self._replica.shared.root)
             if seen is None or seen.root.current is None:
                 self._tell("nothing is published yet")
                 return
             if seen.root != self._followed:
                 await unbroken(self._follow(seen.root, seen.root.current))
+            await self._host.trim()
             self._since = began
             self._tell("")
         except (InfloraError, OSError) as error:
             self._tell(str(error))
+        except Exception as error:
+            # Whatever it is, out of memory for example: the next look may find it gone.
+            log.exception("cannot follow")
+            self._tell(f"{type(error).__name__}: {error}")
 
     async def _follow(self, root: Root, current: int) -> None:
-        index = await asyncio.to_thread(self._replica.shared.index, root)
-        # Until a version answers that was read after it.
-        self._forgotten |= await asyncio.to_thread(self._replica.take, index)
-        await self._host.follow(current, forgotten=self._forgotten)
-        self._followed, self._forgotten = root, False
+        index = await self._in_thread(lambda: self._replica.shared.index(root))
+        await self._in_thread(lambda: self._replica.take(index))
+        await self._host.follow(current)
+        self._followed = root
         log.info("version %d is current, by %s on %s", current, root.writer, root.host)
 
     async def _resume(self) -> None:
@@ -150,8 +162,11 @@ class Follower:
             if number is not None:
                 await self._host.follow(number)
                 log.warning("version %d answers, which was current when last looked at", number)
-        except (DamagedError, NotFoundError, StateError) as error:
+        except (InfloraError, OSError) as error:
             log.warning("what was current when last looked at cannot answer: %s", error)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     async def _look_on(self) -> None:
         while True:

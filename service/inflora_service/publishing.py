@@ -38,7 +38,8 @@ class Publisher:
         self._publishing = asyncio.create_task(self._publish_on())
 
     async def stop(self) -> None:
-        """Publish no more, once what is being published is."""
+        """Publish no more, once the file that is being put is; the next start goes on."""
+        self._mirror.stopping = True
         if self._publishing is not None:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
@@ -69,8 +70,16 @@ class Publisher:
             except FencedError as error:
                 self._on_fenced(error)
                 return
-            except (InfloraError, OSError) as error:
-                log.warning("not published yet, trying again in %g s: %s", wait, error)
+            except Exception as error:
+                # Whatever it is: what is published later is better than what never is.
+                expected = isinstance(error, (InfloraError, OSError))
+                log.warning(
+                    "not published yet, trying again in %g s: %s",
+                    wait,
+                    error,
+                    exc_info=None if expected else error,
+                )
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, LONGEST_RETRY_SECONDS)
+                swept = False  # what was to be deleted may not be
                 self._changed.set()

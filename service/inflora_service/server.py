@@ -38,7 +38,7 @@ from inflora_core.errors import (
     InvalidInputError,
     UnavailableError,
 )
-from inflora_core.mirror import claim
+from inflora_core.mirror import FETCHING, claim
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.replica import Replica, is_replica
 from inflora_core.shared import SharedStore
@@ -231,6 +231,11 @@ class Server:
                 f"{settings.store} is a copy of a shared store, which --role predictor keeps",
                 field="store",
             )
+        if (settings.store / FETCHING).exists() and not settings.shared:
+            raise InvalidInputError(
+                f"{settings.store} has only a part of what it took over: start with --shared",
+                field="store",
+            )
         store = await asyncio.to_thread(Store.open, settings.store)
         lock = await asyncio.to_thread(StoreLock, store.root)
         undo.callback(lock.release)
@@ -307,6 +312,7 @@ class Server:
         replica = await asyncio.to_thread(Replica.of, shared, settings.store, settings.cache_bytes)
         lock = await asyncio.to_thread(StoreLock, replica.root)
         undo.callback(lock.release)
+        await asyncio.to_thread(replica.tidy)
         server, address = self._bind()
         host = FollowingHost(
             replica,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -160,17 +161,17 @@ def test_what_is_purged_is_gone_everywhere(shared: SharedStore, store: Store, tm
     replica = follow(shared, tmp_path / "copy")
     answers(replica, 1)
     old = {entry.sha256 for entry in store.version(1).files if "factors" not in entry.name}
-    assert old < shared.names()
+    assert old < set(shared.sizes())
     forget(store, "green", purge=True)
     mirror.publish()
     old -= {entry.sha256 for entry in store.version(2).files}  # the same bytes by chance
     assert len(old) == 2
-    assert not old & shared.names()
+    assert not old & set(shared.sizes())
     again = follow(shared, tmp_path / "copy")
     assert again.version(1) == store.version(1)
     assert again.version(1).state is VersionState.PURGED
     assert not any("00000001" in name for name in files(again) if "factors" not in name)
-    everything = b"".join(shared.get(name) for name in shared.names())
+    everything = b"".join(shared.get(name) for name in set(shared.sizes()))
     kept = b"".join(path.read_bytes() for path in again.root.rglob("*") if path.is_file())
     assert b"green" not in everything
     assert b"green" not in kept
@@ -380,10 +381,10 @@ def test_what_nothing_names_is_swept(shared: SharedStore, store: Store):
     mirror = claim(store, shared)
     teach(store, "red")
     mirror.publish()
-    before = shared.names()
+    before = set(shared.sizes())
     shared.put(b"of a learner that was ended while it published")
     mirror.sweep()
-    assert shared.names() == before
+    assert set(shared.sizes()) == before
 
 
 def names_of(mirror: Mirror) -> Iterable[str]:
@@ -397,7 +398,7 @@ def test_nothing_is_left_over(shared: SharedStore, store: Store):
     mirror.publish()
     forget(store, "green", purge=True)
     mirror.publish()
-    assert shared.names() == names_of(mirror)
+    assert set(shared.sizes()) == names_of(mirror)
 
 
 def test_a_current_version_that_cannot_be_read_is_not_published(shared: SharedStore, store: Store):
@@ -410,3 +411,232 @@ def test_a_current_version_that_cannot_be_read_is_not_published(shared: SharedSt
     with pytest.raises(DamagedError, match="version 2 is current"):
         mirror.publish()
     assert shared.root() == before
+
+
+# --- When something is lost, late or interrupted --------------------------------------------------
+
+
+def heir_of(shared: SharedStore, folder: Path) -> Mirror:
+    """Take a learner's place."""
+    return claim(Store.open(folder), shared, take_over=True)
+
+
+def test_who_was_replaced_deletes_nothing(shared: SharedStore, store: Store, tmp_path: Path):
+    older = claim(store, shared)
+    teach(store, "red")
+    older.publish()
+    heir = heir_of(shared, tmp_path / "heir")
+    teach(heir.store, "green", parent=1)
+    heir.publish()
+    before = set(shared.sizes())
+    assert not older.publish()  # nothing has changed, so it does not know yet
+    with pytest.raises(FencedError):
+        older.sweep()
+    assert set(shared.sizes()) == before
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "head.safetensors", "factors.safetensors"])
+@pytest.mark.parametrize("content", [b"spoilt", None])
+def test_what_the_learner_lost_is_not_taken_from_others(
+    shared: SharedStore, store: Store, tmp_path: Path, name: str, content: bytes | None
+):
+    mirror = claim(store, shared)
+    teach(store, "red")
+    teach(store, "green", parent=1)
+    mirror.publish()
+    path = store.root / "models/default/versions/00000001" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    for restarted in (False, True):
+        mirrored = claim(store, shared) if restarted else mirror
+        store.pin(2)
+        mirrored.publish()
+        mirrored.sweep()
+        store.unpin(2)
+        mirrored.publish()
+    heir = heir_of(shared, tmp_path / "heir")
+    assert heir.store.verify(1).classes == heir.store.version(1).classes
+    assert heir.store.make_onnx(2) == store.onnx(2)
+
+
+@pytest.mark.parametrize("lost", ["index", "object", "torn object"])
+def test_what_the_shared_store_lost_is_put_again(store: Store, tmp_path: Path, lost: str):
+    shared = SharedStore.open((tmp_path / "shared").as_uri())
+    mirror = claim(store, shared)
+    teach(store, "red")
+    mirror.publish()
+    head = store.version(1).file("head.safetensors")
+    assert head is not None
+    name = mirror.seen.root.index if lost == "index" else head.sha256
+    path = tmp_path / "shared" / "objects" / name
+    if lost == "torn object":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    again = claim(store, shared)
+    again.publish()
+    assert shared.get(head.sha256) == store.path(1, "head.safetensors").read_bytes()
+    assert shared.index(again.seen.root) == again.index
+
+
+def test_a_folder_that_is_not_mounted_is_not_begun_anew(store: Store, tmp_path: Path):
+    shared = SharedStore.open((tmp_path / "shared").as_uri())
+    claim(store, shared)
+    shutil.move(tmp_path / "shared", tmp_path / "unmounted")
+    (tmp_path / "shared").mkdir()
+    with pytest.raises(UnavailableError, match="mounted"):
+        claim(store, shared)
+    assert not (tmp_path / "shared" / "CURRENT").exists()
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> None:
+    """Have a method raise once, as if the network did."""
+    method, failed = getattr(kind, name), []
+
+    def once(*args: Any, **more: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise UnavailableError("the line is cut")
+        return method(*args, **more)
+
+    monkeypatch.setattr(kind, name, once)
+
+
+def test_a_purge_whose_deletion_failed_is_swept(
+    shared: SharedStore, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    mirror = claim(store, shared)
+    teach(store, "red", "green")
+    mirror.publish()
+    forget(store, "green", purge=True)
+    fail_once(monkeypatch, SharedStore, "delete")
+    with pytest.raises(UnavailableError):
+        mirror.publish()
+    assert not mirror.publish()
+    mirror.sweep()
+    assert set(shared.sizes()) == names_of(mirror)
+
+
+def test_an_attempt_that_comes_late_is_adopted(
+    shared: SharedStore, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """No answer came; by the time that the next attempt is made, it has happened after all."""
+    mirror = claim(store, shared)
+    teach(store, "red")
+    move, late = SharedStore.move, []
+
+    def delayed(self: SharedStore, *args: Any) -> Any:
+        if not late:
+            late.append(args)
+            raise UnavailableError("no answer")
+        move(self, *late[0])
+        return move(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedStore, "move", delayed)
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                mirror.publish()
+    mirror.publish()
+    seen = shared.root()
+    assert seen == mirror.seen
+    assert seen.root.current == 1
+
+
+def test_an_interrupted_look_is_not_forgotten(
+    shared: SharedStore, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    mirror = claim(store, shared)
+    teach(store, "red", "green")
+    mirror.publish()
+    replica = follow(shared, tmp_path / "copy")
+    replica.outdated = False
+    forget(store, "green", purge=True)
+    mirror.publish()
+    with monkeypatch.context() as patch:
+        fail_once(patch, Replica, "_take_version")
+        with pytest.raises(UnavailableError):
+            replica.take(mirror.index)
+    replica.take(mirror.index)
+    assert replica.outdated
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "memory.safetensors", ONNX_FILE])
+def test_what_is_purged_under_way_does_not_come_back(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    shared = SharedStore.open((tmp_path / "shared").as_uri())
+    mirror = claim(store, shared)
+    teach(store, "red", "green")
+    mirror.publish()
+    replica = follow(shared, tmp_path / "copy")
+    fetch, path = SharedStore.fetch, replica.root / "models/default/versions/00000001" / name
+
+    def purged_meanwhile(self: SharedStore, sha256: str, to: Path) -> None:
+        fetch(self, sha256, to)
+        if to == path:
+            forget(store, "green", purge=True)
+            mirror.publish()
+            threading.Thread(target=replica.take, args=(mirror.index,)).start()
+            # It waits for the lock of this file, once the manifest is another.
+            while b"green" in (path.parent / "manifest.json").read_bytes():
+                pass
+
+    monkeypatch.setattr(SharedStore, "fetch", purged_meanwhile)
+    with pytest.raises(StateError):
+        replica.path(1, name)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(60)
+    assert not path.exists()
+
+
+def test_versions_that_are_not_published_any_more_go(
+    shared: SharedStore, store: Store, tmp_path: Path
+):
+    mirror = claim(store, shared)
+    teach(store, "red")
+    mirror.publish()
+    before = mirror.index
+    teach(store, "green", parent=1)
+    mirror.publish()
+    replica = follow(shared, tmp_path / "copy")
+    answers(replica, 2)
+    replica.take(before)
+    assert replica.numbers() == [1]
+    assert replica.outdated
+
+
+def test_a_copy_that_was_hardly_begun_is_begun_again(shared: SharedStore, tmp_path: Path):
+    (tmp_path / "copy" / "lost+found").mkdir(parents=True)
+    replica = Replica.of(shared, tmp_path / "copy")
+    for path in (replica.root / "FORMAT", replica.root / "models" / "default" / "forgotten.json"):
+        path.unlink()
+        shutil.rmtree(replica.root / "drafts", ignore_errors=True)
+    shutil.rmtree(replica.root / "models")
+    shutil.rmtree(replica.root / "backbones")
+    assert Replica.of(shared, tmp_path / "copy").numbers() == []
+
+
+def test_who_was_too_late_to_take_over_fetches_again(
+    shared: SharedStore, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    mirror = claim(store, shared)
+    teach(store, "red")
+    mirror.publish()
+    take_all = Replica.take_all
+
+    def published_meanwhile(self: Replica, index: Any) -> None:
+        take_all(self, index)
+        teach(store, "green", parent=1)
+        mirror.publish()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Replica, "take_all", published_meanwhile)
+        with pytest.raises(FencedError):
+            heir_of(shared, tmp_path / "heir")
+    heir = heir_of(shared, tmp_path / "heir")
+    assert heir.store.current() == 2
+    assert not (heir.store.root / "FETCHING").exists()

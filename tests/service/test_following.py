@@ -16,7 +16,10 @@ from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora_core.errors import FencedError, InvalidInputError
+from inflora_core.mirror import Mirror
+from inflora_core.replica import Replica
 from inflora_core.store import Store
+from inflora_service import publishing
 from inflora_service.server import CURRENT, PREDICTOR
 from tests.service.conftest import BLUE, GREEN, RED, Running, fails, png
 
@@ -253,3 +256,63 @@ async def test_what_makes_no_sense_is_refused(start: Callable[..., Any], url: st
     await start(role="predictor", shared=url, store=tmp_path / "copy")
     with pytest.raises(InvalidInputError, match="copy of a shared store"):
         await start(store=tmp_path / "copy")
+
+
+async def test_a_predictor_with_a_damaged_copy_starts_while_the_store_is_away(
+    learner: Running, follow: Any, tmp_path: Path
+):
+    await teach(learner, {"red": RED})
+    predictor = await follow()
+    await predict(predictor)
+    await predictor.server.stop()
+    for path in (tmp_path / "predictor" / "models/default/versions").glob("*/model.onnx"):
+        path.unlink()
+    bring_back = take_away(tmp_path / "shared")
+    again = await follow()
+    with fails("FAILED_PRECONDITION", "WRONG_STATE"):
+        await predict(again)
+    bring_back()
+    await followed(learner, again)
+    assert labels(await predict(again)) == {"red"}
+
+
+async def test_whatever_fails_is_tried_again(
+    learner: Running, follow: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+):
+    predictor = await follow()
+    take, publish = Replica.take, Mirror.publish
+    failed: list[str] = []
+
+    def once(name: str, method: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if name not in failed:
+                failed.append(name)
+                raise MemoryError(name)
+            return method(*args)
+
+        return call
+
+    monkeypatch.setattr(publishing, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(Mirror, "publish", once("publish", publish))
+    monkeypatch.setattr(Replica, "take", once("take", take))
+    await teach(learner, {"red": RED})
+    await predictor.server.follower.look()
+    assert await predictor.serving(CURRENT) == "NOT_SERVING"
+    await predictor.server.follower.look()
+    assert labels(await predict(predictor)) == {"red"}
+    assert failed == ["publish", "take"]
+
+
+async def test_a_retired_version_answers_no_more(learner: Running, follow: Any):
+    await teach(learner, {"red": RED})
+    await teach(learner, {"green": GREEN})
+    await teach(learner, {"blue": BLUE})
+    predictor = await follow()
+    name = "models/default/versions/1"
+    await predict(predictor, name)
+    learner.store.retire(1)
+    learner.server.publisher.notify()
+    await followed(learner, predictor)
+    with fails("FAILED_PRECONDITION", "WRONG_STATE", "version"):
+        await predict(predictor, name)
+    assert labels(await predict(predictor)) == {"red", "green", "blue"}
