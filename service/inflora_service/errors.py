@@ -194,7 +194,9 @@ async def _abort_with(context: Context, status: status_pb2.Status) -> Never:
     # Not while an error is handled, and not holding a request: grpc keeps the exception that ends
     # the call, its context and its frames until Python happens to look for cycles.
     answer = rpc_status.to_status(status)
-    await context.abort(answer.code, answer.details, answer.trailing_metadata)
+    # What is there already, the id of the request among it, abort would drop.
+    metadata = (*(context.trailing_metadata() or ()), *answer.trailing_metadata)
+    await context.abort(answer.code, answer.details, metadata)
 
 
 async def _unknown_method(request: object, context: Context) -> None:

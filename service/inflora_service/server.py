@@ -7,9 +7,11 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from inflora.oip.v2 import open_inference_pb2, open_inference_pb2_grpc
 from inflora.v1 import (
@@ -29,12 +32,15 @@ from inflora.v1 import (
     predictor_service_pb2,
     predictor_service_pb2_grpc,
 )
+from inflora_core import tracing
 from inflora_core.audit import AuditLog, History
 from inflora_core.config import Gate, LearnConfig, Limits, Retention
 from inflora_core.errors import DamagedError, InfloraError, UnavailableError
+from inflora_core.logs import Format
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.store import Store
-from inflora_service import backbone_source
+from inflora_core.tracing import Tracing
+from inflora_service import backbone_source, metrics, web
 from inflora_service.auditing import AuditTrail
 from inflora_service.backbone_source import BackboneSource
 from inflora_service.codec import receive_bytes
@@ -45,6 +51,7 @@ from inflora_service.examples import Examples, KeepExamples
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
 from inflora_service.model_servicer import ModelServicer
+from inflora_service.observing import ObservingInterceptor
 from inflora_service.oip_servicer import OipServicer
 from inflora_service.predictor_servicer import PredictorServicer
 from inflora_service.records import TaskRecords
@@ -62,6 +69,26 @@ PREDICTOR = predictor_service_pb2.DESCRIPTOR.services_by_name["PredictorService"
 EVALUATOR = evaluator_service_pb2.DESCRIPTOR.services_by_name["EvaluatorService"].full_name
 MODEL = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 OIP = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+METHODS = frozenset(
+    f"/{service.full_name}/{method.name}"
+    for contract in (
+        evaluator_service_pb2,
+        learner_service_pb2,
+        model_service_pb2,
+        open_inference_pb2,
+        predictor_service_pb2,
+    )
+    for service in contract.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+)
+"""All methods of our contracts, as gRPC calls them."""
+
+HTTP_PORT = 9464
+"""Where metrics are to be found if nothing else is asked for: OpenTelemetry's port for them."""
+
+ALIVE_SECONDS = 5.0
+"""How long the event loop may take to answer a probe."""
+
 CURRENT = f"{MODEL}/current"
 """Names under which health is asked for; ``SERVER`` is the server as a whole. ``CURRENT`` alone is
 not serving while another version answers in place of the current one."""
@@ -78,6 +105,10 @@ class Settings:
         architecture: timm's name of the architecture, where the backbone does not say.
         host: Address to listen on.
         port: Port to listen on; 0 takes any free one.
+        http_host: Address on which metrics and probes are answered by HTTP.
+        http_port: Port for that; 0 takes any free one. ``auto`` takes ``HTTP_PORT``, and goes on
+            without where it is taken; ``off`` answers none.
+        log_format: Of the learning worker's log; the server's own is set up by who starts it.
         learn: Settings of tasks that ask for none.
         limits: What is refused.
         gate: What versions are held back for.
@@ -106,6 +137,9 @@ class Settings:
     architecture: str | None = None
     host: str = "127.0.0.1"
     port: int = 50051
+    http_host: str = "127.0.0.1"
+    http_port: int | Literal["auto", "off"] = "auto"
+    log_format: Format = "text"
     learn: LearnConfig = field(default_factory=LearnConfig)
     limits: Limits = field(default_factory=Limits)
     gate: Gate = field(default_factory=Gate)
@@ -132,11 +166,13 @@ class Server:
 
     Attributes:
         address: Where it listens, ``host:port``. Set by ``start``.
+        http_address: Where it answers HTTP; "" if it does not. Set by ``start``.
         host: Its loaded versions. Set by ``start``.
         tasks: Its queue. Set by ``start``.
     """
 
     address: str
+    http_address: str
     host: ModelHost
     tasks: TaskQueue
 
@@ -144,6 +180,7 @@ class Server:
         self._settings = settings
         self._health = health_aio.HealthServicer()
         self._health_changes: set[asyncio.Task[None]] = set()
+        self._states: dict[str, bool] = {}
         self._undo = AsyncExitStack()
 
     async def start(self) -> None:
@@ -170,7 +207,13 @@ class Server:
         store = await asyncio.to_thread(Store.open, settings.store)
         lock = await asyncio.to_thread(StoreLock, store.root)
         undo.callback(lock.release)
-        server, address = self._bind()
+        traces = await asyncio.to_thread(tracing.begin, "server")
+        if traces is not None:
+            undo.push_async_callback(asyncio.to_thread, traces.close)
+        registry = metrics.new_registry()
+        recorder = metrics.Recorder(registry)
+        server, address = self._bind(recorder, traces)
+        self.http_address = self._answer_http(registry, undo)
         records = await asyncio.to_thread(TaskRecords, store.root)
         undo.callback(records.close)
         audit = AuditTrail(await asyncio.to_thread(AuditLog, store.root), store, records)
@@ -189,14 +232,17 @@ class Server:
             audit,
             on_serving=lambda: self._set_answering(True),
             on_sound=lambda sound: self._set_health(CURRENT, sound),
+            on_swap=recorder.swapped,
+            on_run=recorder.ran,
         )
         undo.callback(host.close)
-        evaluator = Evaluator(host, settings.limits)
+        evaluator = Evaluator(host, settings.limits, recorder.evaluation)
         undo.callback(evaluator.close)
         learner = LearnerProcess(
             self._worker_command(),
             keep_open=[lock.descriptor],
             on_health=lambda healthy: self._set_health(LEARNER, healthy),
+            on_end=recorder.worker_ended,
         )
         examples = Examples(store.root, settings.keep_examples)
         space = Space(store, settings.limits)
@@ -205,7 +251,10 @@ class Server:
             *(store, records, host, audit, learner, settings.learn, settings.limits),
             *(settings.gate, settings.canary_images, settings.retention),
             *(examples, uploads, space),
+            on_ended=recorder.ended,
         )
+        sources = metrics.Sources(store, space, settings.limits, host, tasks, records, learner)
+        metrics.watch(registry, sources, recorder)
         self.host, self.tasks = host, tasks
         undo.push_async_callback(uploads.close)
         undo.push_async_callback(server.stop, settings.drain_seconds)
@@ -230,14 +279,22 @@ class Server:
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
         undo.push_async_callback(self._health.enter_graceful_shutdown)
+        undo.callback(self._states.clear)
         self.address = address
         log.info("listening on %s", address)
 
-    def _bind(self) -> tuple[grpc.aio.Server, str]:
+    def _bind(
+        self, recorder: metrics.Recorder, traces: Tracing | None
+    ) -> tuple[grpc.aio.Server, str]:
         settings = self._settings
         _check_address(settings.host, settings.port)
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            # The first goes around all others.
+            interceptors=[
+                ObservingInterceptor(recorder, METHODS),
+                *([traces.interceptor(METHODS)] if traces is not None else ()),
+                ErrorInterceptor(),
+            ],
             options=[
                 # Two servers on one port would share its connections at random.
                 ("grpc.so_reuseport", 0),
@@ -253,6 +310,42 @@ class Server:
             ) from error
         return server, f"{host}:{port}"
 
+    def _answer_http(self, registry: CollectorRegistry, undo: AsyncExitStack) -> str:
+        """Answer metrics and probes; return where.
+
+        Raises:
+            UnavailableError: the port that was asked for cannot be had.
+        """
+        settings, asked = self._settings, self._settings.http_port
+        if asked == "off":
+            return ""
+        routes = {
+            "/metrics": make_wsgi_app(registry),
+            "/healthz": web.text(partial(_is_alive, asyncio.get_running_loop())),
+            "/readyz": web.text(self._is_ready),
+        }
+        try:
+            server = web.WebServer(
+                settings.http_host, HTTP_PORT if asked == "auto" else asked, routes
+            )
+        except UnavailableError as error:
+            if asked != "auto":
+                raise
+            log.warning("there are no metrics: %s; --http-port takes another", error.message)
+            return ""
+        undo.callback(server.close)
+        log.info("metrics on http://%s/metrics", server.address)
+        return server.address
+
+    def _is_ready(self, query: Mapping[str, str]) -> tuple[HTTPStatus, str]:
+        """Say of a service what gRPC health says of it."""
+        serving = self._states.get(query.get("service", SERVER))
+        if serving is None and self._states:
+            return HTTPStatus.NOT_FOUND, "SERVICE_UNKNOWN\n"
+        if not serving:
+            return HTTPStatus.SERVICE_UNAVAILABLE, "NOT_SERVING\n"
+        return HTTPStatus.OK, "SERVING\n"
+
     def _worker_command(self) -> tuple[str, ...]:
         settings = self._settings
         return (
@@ -265,6 +358,7 @@ class Server:
             *("--threads", str(settings.learn_threads)),
             *("--memory-bytes", str(settings.learn_memory_bytes)),
             *("--nice", str(settings.learn_nice)),
+            *(("--log-format", "json") if settings.log_format == "json" else ()),
         )
 
     async def _make_backbone(self, store: Store, learner: LearnerProcess) -> None:
@@ -334,11 +428,23 @@ class Server:
             self._set_health(service, answering)
 
     def _set_health(self, service: str, serving: bool) -> None:
+        self._states[service] = serving
         states = health_pb2.HealthCheckResponse
         state = states.SERVING if serving else states.NOT_SERVING
         change = asyncio.create_task(self._health.set(service, state))
         self._health_changes.add(change)
         change.add_done_callback(self._health_changes.discard)
+
+
+def _is_alive(loop: asyncio.AbstractEventLoop, query: Mapping[str, str]) -> tuple[HTTPStatus, str]:
+    """Say whether the event loop gets round to what it is given. Blocks until it does."""
+    turn = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop)
+    try:
+        turn.result(ALIVE_SECONDS)
+    except TimeoutError:
+        turn.cancel()
+        return HTTPStatus.SERVICE_UNAVAILABLE, "the event loop is stuck\n"
+    return HTTPStatus.OK, "alive\n"
 
 
 def _mark_again(store: Store, history: History) -> None:

@@ -27,6 +27,7 @@ from inflora_core.errors import (
     StateError,
 )
 from inflora_core.gate import why_held_back
+from inflora_core.logs import note
 from inflora_core.model import Version, VersionState
 from inflora_core.predictor import (
     CPU,
@@ -98,6 +99,8 @@ class ModelHost:
         audit: Is told which version is current, and what is forgotten.
         on_serving: Told once a version can answer.
         on_sound: Told whether the current version is what answers, or there is none yet.
+        on_swap: Told the seconds that it took to make a version current.
+        on_run: As for ``Batcher``.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class ModelHost:
         *,
         on_serving: Callable[[], None] = lambda: None,
         on_sound: Callable[[bool], None] = lambda sound: None,
+        on_swap: Callable[[float], None] = lambda seconds: None,
+        on_run: Callable[[int, int, float], None] = lambda images, bulk, seconds: None,
     ) -> None:
         self._store = store
         self._options = options
@@ -116,6 +121,7 @@ class ModelHost:
         self._audit = audit
         self._on_serving = on_serving
         self._on_sound = on_sound
+        self._on_swap = on_swap
         self._current: Loaded | None = None
         self._fault: DamagedError | None = None
         self._sound = asyncio.Event()
@@ -130,7 +136,7 @@ class ModelHost:
         # Threads of a GPU's runs wait for it.
         waiting = GPU_RUNS if options.tries_gpu else 0
         self._batcher = Batcher(
-            limits, max(processors(), options.cpu_runs, 2) + waiting, options.cpu_runs
+            limits, max(processors(), options.cpu_runs, 2) + waiting, options.cpu_runs, on_run
         )
         self._batch: int | None = None
 
@@ -213,6 +219,16 @@ class ModelHost:
         if self._fault is not None:
             raise self._fault
         return self._current.version if self._current else None
+
+    @property
+    def answering_now(self) -> Loaded | None:
+        """What answers calls that name no version: the current one, or what stands in for it."""
+        return self._current
+
+    @property
+    def waiting_images(self) -> int:
+        """Images of predictions without an answer."""
+        return self._batcher.waiting
 
     async def wait_sound(self) -> None:
         """Wait until ``current`` can be told: for good, once it can."""
@@ -402,6 +418,7 @@ class ModelHost:
             await self._audit.purged(version)
 
     async def _swap_to(self, number: int, who: str) -> Version:
+        note(version=number)
         now = time.monotonic()
         loaded = await self._get(number)
         if loaded.since < now or loaded.version.state is not VersionState.WHOLE:
@@ -430,6 +447,7 @@ class ModelHost:
         self._sound.set()
         self._on_serving()
         self._on_sound(True)
+        self._on_swap(time.monotonic() - now)
         return loaded.version
 
     def _before(self) -> int | None:
@@ -585,6 +603,7 @@ class ModelHost:
         return await loop.run_in_executor(self._loader, self._load, number)
 
     def _load(self, number: int) -> Loaded:
+        note(version=number)
         generation, since = self._generation, time.monotonic()
         version = self._verified(number)
         whole = version.state is VersionState.WHOLE
