@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from typing import Literal
 
@@ -353,7 +354,7 @@ class State(Collector):
         self._faults = _new_counter(FAULTS, registry)
         self._lineage = _Lineage(sources.store)
         self._disk = _Fresh(lambda: (sources.space.used(), len(sources.store.kept())))
-        self._build = (installed("inflora-server"), platform.python_version(), _onnxruntime())
+        self._build = (_release(), platform.python_version(), _onnxruntime())
 
     def describe(self) -> Iterator[Family]:
         """Yield the metrics without values: they are known before anything can be read."""
@@ -549,6 +550,13 @@ def _new_histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
 
 def _family(metric: Metric) -> GaugeMetricFamily:
     return GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+
+
+def _release() -> str:
+    try:
+        return installed("inflora-server")
+    except PackageNotFoundError:
+        return "unknown"  # it runs from its sources
 
 
 def _onnxruntime() -> str:

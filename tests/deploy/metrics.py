@@ -35,7 +35,9 @@ LEARN = "/inflora.v1.LearnerService/LearnTask"
 PREDICT = "/inflora.v1.PredictorService/Predict"
 STAGES = ("decoding", "designing", "training", "extending", "merging", "exporting", "checking")
 
-CLASSES = ("red", "green")
+CLASSES = {"vermilion": "red", "chartreuse": "green"}
+"""What the classes are called, in words that nothing else is, and what they look like."""
+
 SCRAPES = 30
 
 
@@ -47,16 +49,16 @@ def measure(folder: Path) -> dict[str, Any]:
     """
     failed: list[str] = []
     photos = folder / "photos"
-    for label in CLASSES:
+    for label, colour in CLASSES.items():
         (photos / label).mkdir(parents=True)
         for number in range(10):
-            (photos / label / f"{number}.png").write_bytes(tiny.png(label, number, 32))
+            (photos / label / f"{number}.png").write_bytes(tiny.png(colour, number, 32))
     options = [*QUICK, "--backbone", str(tiny.write_backbone(folder)), "--log-format", "json"]
     with collecting() as collector, environment(collector.environment):
         with running_server(folder / "server", options) as server:
-            inflora(server, collector, "learn", str(photos))
-            inflora(server, collector, "predict", str(photos / "red" / "0.png"))
-            inflora(server, collector, "evaluate", str(photos))
+            inflora(server, "learn", str(photos))
+            inflora(server, "predict", str(photos / "vermilion" / "0.png"))
+            inflora(server, "evaluate", str(photos))
             scrape = Scrape.of(server.http)
             seconds = [scraped(server) for _ in range(SCRAPES)]
         figures = (
@@ -80,17 +82,17 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def inflora(server: RunningServer, collector: Collector, *arguments: str) -> None:
+def inflora(server: RunningServer, *arguments: str) -> None:
     """Run the command as it is traced without a line of code: by ``opentelemetry-instrument``."""
+    instrument = "from opentelemetry.instrumentation.auto_instrumentation import run; run()"
     program = "from inflora_client.cli import main; main()"
-    instrument = Path(sys.executable).parent / "opentelemetry-instrument"
-    command = [str(instrument), "--service_name", "shop", "--metrics_exporter", "none"]
-    command += ["--logs_exporter", "none", sys.executable, "-c", program]
+    command = [sys.executable, "-c", instrument, "--service_name", "shop"]
+    command += ["--metrics_exporter", "none", "--logs_exporter", "none"]
+    command += [sys.executable, "-c", program]
     subprocess.run(
         [*command, "--server", server.address, *arguments],
         check=True,
         stdout=subprocess.DEVNULL,
-        env=os.environ | {"OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "logging"},
     )
 
 
