@@ -48,8 +48,8 @@ class Batcher:
         limits: What images are refused, and how many may wait.
         threads: Images that are decoded, and runs of the model, at a time.
         runs: Runs of the model at a time, at the most.
-        on_run: Told of every run, in its thread: its images of predictions, those that could wait,
-            and its seconds.
+        on_run: Told of every run, one at a time, while others wait: its images of predictions,
+            those that could wait, and its seconds.
     """
 
     def __init__(
@@ -208,15 +208,15 @@ class Batcher:
         began = time.monotonic()
         outcome = _attempt(classify)
         ended = time.monotonic()
+        bulk = sum(call.bulk for call, _, _ in batch)
         with self._changed:
             self._turns.classified(batch, outcome, began, ended)
+            if isinstance(outcome, Answers):
+                self._on_run(len(batch) - bulk, bulk, ended - began)
             if self._turns.waiting:
                 self._changed.notify(len(batch))  # so many more may be decoded
             settled = self._settled()
         _tell(settled)
-        if isinstance(outcome, Answers):
-            bulk = sum(call.bulk for call, _, _ in batch)
-            self._on_run(len(batch) - bulk, bulk, ended - began)
 
     def _settled(self) -> list[_Waiting]:
         """Return the calls that have ended and that somebody waits for."""

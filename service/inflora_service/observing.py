@@ -8,20 +8,21 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing
+from contextvars import ContextVar
 from typing import Any, cast
 
 import grpc
 
 from inflora_core import logs
-from inflora_service.errors import Context, Handler
+from inflora_service.errors import REQUEST_ID, Context, Handler
 from inflora_service.metrics import OTHER, Meter, Recorder
-
-REQUEST_ID = "x-request-id"
-"""Metadata with the id of a request: the client's own, or one that is made here. It is in what the
-server logs of the call, and goes back with its end."""
 
 _ACCEPTABLE = re.compile(r"[!-~]{1,128}")
 """Ids that are taken over: what can stand in metadata, and in a log."""
+
+_SENT: ContextVar[str] = ContextVar("request-id", default="")
+"""The id that a client has sent with the present call. It goes back with the call's end: not so one
+that was made here, but where the call fails (``errors``), for it would take time of every call."""
 
 _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
@@ -49,7 +50,9 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         ours = method in self._methods
         if ours:
             # The call has this coroutine's context for itself, and whatever it starts inherits it.
-            logs.note(request_id=_request_id(handler_call_details))
+            sent = _sent_id(handler_call_details)
+            _SENT.set(sent)
+            logs.note(request_id=sent or secrets.token_hex(8))
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith("/grpc."):
             return handler  # health and reflection: probes would be most of what is counted
@@ -63,11 +66,11 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         return observed
 
 
-def _request_id(details: grpc.HandlerCallDetails) -> str:
+def _sent_id(details: grpc.HandlerCallDetails) -> str:
     for key, value in details.invocation_metadata:
         if key == REQUEST_ID and isinstance(value, str) and _ACCEPTABLE.fullmatch(value):
             return value
-    return secrets.token_hex(8)
+    return ""
 
 
 def _observed(handler: Any, meter: Meter) -> Handler:
@@ -129,9 +132,8 @@ def _observe_stream(
 
 
 def _give_id_back(context: Context) -> None:
-    request_id = logs.noted("request_id")
-    if request_id is not None:
-        context.set_trailing_metadata(((REQUEST_ID, str(request_id)),))
+    if sent := _SENT.get():
+        context.set_trailing_metadata(((REQUEST_ID, sent),))
 
 
 def _code(error: BaseException, context: Context) -> str:

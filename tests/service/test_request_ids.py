@@ -12,7 +12,7 @@ import pytest
 from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import predictor_service_pb2 as pb
 from inflora_core.logs import JsonFormatter
-from inflora_service.observing import REQUEST_ID
+from inflora_service.errors import REQUEST_ID
 from tests.service.conftest import GREEN, Running, fault_of, png, upload
 
 
@@ -41,9 +41,10 @@ def lines() -> Any:
 
 
 async def id_of(call: Any) -> str:
-    """Return the id that a call got."""
-    (found,) = [value for key, value in await call.trailing_metadata() if key == REQUEST_ID]
-    return str(found)
+    """Return the id that a call got back, "" if it got none."""
+    found = [str(value) for key, value in await call.trailing_metadata() if key == REQUEST_ID]
+    assert len(found) <= 1
+    return found[0] if found else ""
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,10 @@ async def test_an_id_is_taken_over_or_made(running: Running, sent: str | None, k
     request = learner_pb.ListTasksRequest(parent="models/default")
     call = running.learner.ListTasks(request, metadata=metadata)
     await call
+    assert await id_of(call) == (sent if kept else "")
+    call = running.learner.ListTasks(learner_pb.ListTasksRequest(parent="?"), metadata=metadata)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call
     found = await id_of(call)
     assert found == sent if kept else len(found) == 16
 

@@ -8,10 +8,15 @@ from typing import Any
 
 import grpc
 import pytest
-from opentelemetry.instrumentation.grpc import aio_client_interceptors
+from opentelemetry.instrumentation.grpc import (
+    GrpcAioInstrumentorClient,
+    GrpcInstrumentorClient,
+    aio_client_interceptors,
+)
 from opentelemetry.sdk.trace import TracerProvider
 
 from inflora.v1 import predictor_service_pb2 as pb
+from inflora_client import AsyncClient, Client
 from inflora_core import tracing
 from inflora_service.server import Settings
 from tests.service.collector import Collector, collecting
@@ -111,3 +116,28 @@ async def test_without_the_variables_there_are_none(start: Callable[..., Any]) -
     ended = await running.ended(task.name)
     record = await running.server.tasks.get(ended.name.rpartition("/")[2])
     assert record.task.traceparent == ""
+
+
+async def test_our_clients_can_be_traced(running: Running) -> None:
+    """The standard instrumentation makes other things of calls than grpc does."""
+    task = await running.learn({"green": [png(GREEN)]})
+    await running.ended(task.name)
+
+    def use() -> list[Any]:
+        with Client(running.server.address) as client:
+            watched = [seen.state.value for seen in client.watch(task.name)]
+            answers = [*client.predict_stream([[png()], [png(GREEN)]])]
+            again = client.learn([(png(), "red")])
+            return [*watched, len(answers), client.wait(again).state.value]
+
+    instrumentors = GrpcInstrumentorClient(), GrpcAioInstrumentorClient()
+    for each in instrumentors:
+        each.instrument()
+    try:
+        assert await asyncio.to_thread(use) == ["PUBLISHED", 2, "PUBLISHED"]
+        async with AsyncClient(running.server.address) as client:
+            assert [seen.state.value async for seen in client.watch(task.name)] == ["PUBLISHED"]
+            assert (await client.predict([png()])).predictions[0].label == "red"
+    finally:
+        for each in instrumentors:
+            each.uninstrument()
