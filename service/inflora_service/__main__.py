@@ -353,7 +353,10 @@ def main() -> int:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(serve(settings, lambda address: _announce(address, ready_file)))
     except (InfloraError, OSError) as error:
-        sys.stderr.write(f"inflora_service: error: {error}\n")
+        if arguments.log_format == "json":
+            log.critical("%s", error)
+        else:
+            sys.stderr.write(f"inflora_service: error: {error}\n")
         return 1
     return 0
 
