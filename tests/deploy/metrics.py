@@ -105,6 +105,9 @@ def scraped(server: RunningServer) -> float:
 
 def parsed(scrape: Scrape, folder: Path, failed: list[str]) -> dict[str, Any]:
     """Have the metrics, the rules and what they find read by others' programs."""
+    accuracy = scrape.families["inflora_task_accuracy_ratio"].samples
+    if [sample.labels["source"] for sample in accuracy] != ["learned", "evaluated"]:
+        failed.append(f"the accuracy of the task is {accuracy}")
     missing = {m.name.removesuffix("_total") for m in METRICS} - scrape.families.keys()
     failed += [f"{name} is not exported" for name in sorted(missing)]
     series = sum(len(family.samples) for family in scrape.families.values())

@@ -13,13 +13,16 @@ from typing import Any
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
 
 from inflora.v1 import learner_service_pb2 as learner_pb
 from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import predictor_service_pb2 as pb
 from inflora_core.model import TaskState
 from inflora_service import metrics
-from inflora_service.metrics import METRICS, OTHER, POSITIONS, Metric, Recorder
+from inflora_service.metrics import METRICS, OTHER, POSITIONS, Distribution, Metric, Recorder
 from inflora_service.server import METHODS, Settings
 from tests.service.conftest import BLUE, GREEN, RED, WHITE, Running, Script, png
 from tests.service.scraping import scrape
@@ -269,6 +272,20 @@ async def test_what_cannot_be_read_leaves_the_rest(
     assert "cannot be read" in caplog.text
     with contextlib.closing(sqlite3.connect(running.settings.store / "tasks.sqlite")) as records:
         records.execute("ALTER TABLE others RENAME TO tasks")
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 5.0]) | st.floats(0, 10)))
+def test_a_distribution_is_a_histogram_of_prometheus(values: list[float]) -> None:
+    bounds = (0.5, 1.0, 2.0, 4.0)
+    registry = CollectorRegistry()
+    theirs, ours = Histogram("h", "h", buckets=bounds, registry=registry), Distribution(bounds)
+    for value in values:
+        theirs.observe(value)
+        ours.add(value)
+    buckets, total = ours.read()
+    assert total == registry.get_sample_value("h_sum")
+    for bound, count in buckets:
+        assert count == registry.get_sample_value("h_bucket", {"le": bound})
 
 
 def test_every_method_has_a_label_of_its_own() -> None:
