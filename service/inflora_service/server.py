@@ -329,7 +329,7 @@ class Server:
                 settings.http_host, HTTP_PORT if asked == "auto" else asked, routes
             )
         except UnavailableError as error:
-            if asked != "auto":
+            if asked != "auto" or not web.is_taken(error):
                 raise
             log.warning("there are no metrics: %s; --http-port takes another", error.message)
             return ""

@@ -96,6 +96,11 @@ async def test_a_usual_port_that_is_taken(
     assert (await running.serving()) == "SERVING"
 
 
+async def test_an_address_that_is_not_of_this_machine(start: Callable[..., Any]) -> None:
+    with pytest.raises(UnavailableError, match=r"192\.0\.2\.1:"):
+        await start(http_host="192.0.2.1", http_port="auto")
+
+
 async def test_without_http(start: Callable[..., Any]) -> None:
     assert (await start(http_port="off")).server.http_address == ""
 
