@@ -35,6 +35,7 @@ ROUNDS ?=
 SECONDS_EACH ?=
 SMOKE ?=
 WRITE ?=
+# Of test-deploy: PARTS=security.
 # Of test-durability: which parts (flips rules inputs gate faults kills), AGAIN=1 to begin anew, and
 # KEEP=1 to keep what was found with other code:
 PARTS ?=
@@ -158,6 +159,10 @@ test-golden: $(READY) ## the recorded numbers of the published code
 test-durability: $(READY) ## that nothing is lost: kills, full disks, inputs, flips; hours, resumes (PARTS=)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability $(if $(PARTS),--parts $(PARTS)) \
 		$(if $(AGAIN),--again) $(if $(KEEP),--keep)
+
+.PHONY: test-deploy
+test-deploy: $(READY) ## what holds of a deployment: who may call; minutes (PARTS=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.deploy $(if $(PARTS),--parts $(PARTS))
 
 .PHONY: test-kills
 test-kills: $(READY) ## kill -9 of server and worker again and again; half an hour, resumes (KILLS=)

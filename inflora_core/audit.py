@@ -86,7 +86,8 @@ class Entry:
 
     Attributes:
         event: What; see ``Event``.
-        who: Who asked for it: a caller's address, ``SERVER``, or ``UNKNOWN``.
+        who: Who asked for it: a caller's address (``name@address`` where it had to say who it is),
+            ``SERVER``, or ``UNKNOWN``.
         task: Id of the task that it is about.
         data_sha256: Hash of what a task was taught from (``Task.content_sha256``).
         version_from: What a version was made from, or what was current before.

@@ -226,6 +226,8 @@ class Limits(BaseModel):
     """Encoded; the learner holds them while it decodes."""
     task_classes: int = Field(10_000, ge=1)
     queued_tasks: int = Field(100, ge=1)
+    max_calls: int = Field(4096, ge=1)
+    """Calls at a time, but for health; a ``WatchTask`` is one as long as it lasts."""
     task_attempts: int = Field(3, ge=1)
     """How often in a row a worker may end in work on a task before the task is set aside."""
     task_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)

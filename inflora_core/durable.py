@@ -62,7 +62,7 @@ def write(path: Path, data: bytes) -> None:
 
 def replace(path: Path, data: bytes) -> None:
     """Give ``path`` the content ``data``, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft = draft_of(path)
     try:
         failpoints.reach("replace.write")
         write(draft, data)
@@ -73,6 +73,11 @@ def replace(path: Path, data: bytes) -> None:
         raise
     failpoints.reach("replace.renamed")
     sync_folder(path.parent)
+
+
+def draft_of(path: Path) -> Path:
+    """Return where to write what is to replace ``path``; ``is_draft`` knows it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def is_draft(path: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class InfloraError(Exception):
     """Base of every error this software raises on purpose.
@@ -9,22 +11,32 @@ class InfloraError(Exception):
     Args:
         message: What is wrong and, where it is known, what to do about it.
         field: The field at fault, as a path into the request (``images[3]``), or "".
+        retry_seconds: When it makes sense to ask again, where that is known.
     """
 
     reason = "INTERNAL"
 
-    def __init__(self, message: str, *, field: str = "") -> None:
+    def __init__(
+        self, message: str, *, field: str = "", retry_seconds: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
+        self.retry_seconds = retry_seconds
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Keep ``field`` when pickled, which the default would pass by position and lose."""
-        return _rebuild, (type(self), self.message, self.field)
+        """Keep all of it when pickled; the default would pass it by position, and lose most."""
+        return _rebuild, (type(self), self.message, self.field, self.retry_seconds)
+
+    def renamed(self, message: str, field: str) -> Self:
+        """Return the same error with another message and field."""
+        return type(self)(message, field=field, retry_seconds=self.retry_seconds)
 
 
-def _rebuild(kind: type[InfloraError], message: str, field: str) -> InfloraError:
-    return kind(message, field=field)
+def _rebuild(
+    kind: type[InfloraError], message: str, field: str, retry_seconds: float | None
+) -> InfloraError:
+    return kind(message, field=field, retry_seconds=retry_seconds)
 
 
 class InvalidInputError(InfloraError):
@@ -57,6 +69,24 @@ class LimitExceededError(InfloraError):
     reason = "LIMIT_EXCEEDED"
 
 
+class QuotaExceededError(LimitExceededError):
+    """A caller has used up its share; others are answered."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
+class UnauthenticatedError(InfloraError):
+    """Nobody knows who is calling: no token or certificate, or one that is not known."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(InfloraError):
+    """The caller is known, and may not do that."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class NotFoundError(InfloraError):
     """There is no such model, task, version or artifact."""
 
@@ -79,6 +109,12 @@ class OvertakenError(StateError):
     """Another version was made current than the one that this was learned on."""
 
     reason = "OVERTAKEN"
+
+
+class FencedError(StateError):
+    """Another learner publishes to the shared store; this one may not any more."""
+
+    reason = "FENCED"
 
 
 class OutOfRangeError(InfloraError):
@@ -144,10 +180,14 @@ ERRORS_BY_REASON: dict[str, type[InfloraError]] = {
         BrokenOffError,
         UnsupportedBackboneError,
         LimitExceededError,
+        QuotaExceededError,
+        UnauthenticatedError,
+        PermissionDeniedError,
         NotFoundError,
         ConflictError,
         StateError,
         OvertakenError,
+        FencedError,
         OutOfRangeError,
         UnavailableError,
         CancelledError,

@@ -48,7 +48,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Never
+from typing import Never, Self
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -104,6 +104,8 @@ _OWN = (ONNX_FILE, _HEAD, _MEMORY)
 """What only the version itself needs, and what a purge or its retirement deletes. The factors stay:
 later versions' weights are made of them."""
 
+_BACKBONE_FILES = ("weights.safetensors", "template.onnx", "manifest.json")
+
 _MANIFEST = "manifest.json"
 _MANIFEST_SUM = "manifest.sha256"
 _PIN = "PINNED"
@@ -135,6 +137,25 @@ class Forgotten:
 
 
 @dataclass(frozen=True)
+class StoredVersion:
+    """A version as it lies in a store.
+
+    Attributes:
+        number: Its number.
+        manifest: Its manifest, as it is on the disk.
+        files: Those that are there, and where.
+        pinned: Whether it is kept however old it is.
+        retired: Whether its data were let go.
+    """
+
+    number: int
+    manifest: bytes
+    files: tuple[tuple[FileEntry, Path], ...]
+    pinned: bool
+    retired: bool
+
+
+@dataclass(frozen=True)
 class StoredBackbone:
     """The frozen backbone in the store; both files were checked when it was opened."""
 
@@ -158,7 +179,7 @@ class Store:
         self._rewriting = threading.Lock()
 
     @classmethod
-    def open(cls, root: str | os.PathLike[str]) -> Store:
+    def open(cls, root: str | os.PathLike[str]) -> Self:
         """Open the store at ``root``, made if there is none.
 
         Raises:
@@ -187,7 +208,7 @@ class Store:
         return store
 
     @classmethod
-    def existing(cls, root: str | os.PathLike[str]) -> Store:
+    def existing(cls, root: str | os.PathLike[str]) -> Self:
         """Return the store at ``root`` as it is, to be looked at: nothing is changed on the disk.
 
         Raises:
@@ -290,6 +311,7 @@ class Store:
         except ValueError as error:
             raise DamagedError(f"the backbone in {folder} cannot be read: {error}") from error
         for entry in entries:
+            self._provide(folder, entry)
             try:
                 _check(folder, entry)
             except DamagedError as error:
@@ -489,8 +511,10 @@ class Store:
                 + self._instead(),
                 field="name",
             )
-        if version.file(name) is None:
+        entry = version.file(name)
+        if entry is None:
             raise NotFoundError(f"version {number} has no artifact {name!r}", field="artifact")
+        self._provide(self._folder(number), entry)
         return self._folder(number) / name
 
     def artifacts(self, version: Version) -> tuple[FileEntry, ...]:
@@ -946,18 +970,23 @@ class Store:
             report=version.report and version.report.without_classes(names),
         )
         folder = self._folder(number)
-        if redacted != version:
-            old, new = (folder / _MANIFEST).read_bytes(), _dump(redacted)
-            # Two files cannot be replaced at once. For a moment both contents are right.
-            durable.replace(folder / _MANIFEST_SUM, _manifest_sum(old) + _manifest_sum(new))
-            durable.replace(folder / _MANIFEST, new)
-        durable.replace(folder / _MANIFEST_SUM, _manifest_sum((folder / _MANIFEST).read_bytes()))
+        self._replace_manifest(folder, None if redacted == version else _dump(redacted))
         # Also what an interrupted writer left: it may be a copy.
         for path in (*(folder / name for name in _OWN), *folder.glob(".*")):
             failpoints.reach("purge.delete")
             path.unlink(missing_ok=True)
         durable.sync_folder(folder)
         failpoints.reach("purge.deleted")
+
+    @staticmethod
+    def _replace_manifest(folder: Path, new: bytes | None) -> None:
+        """Give a version another manifest, or finish doing so."""
+        if new is not None:
+            old = (folder / _MANIFEST).read_bytes()
+            # Two files cannot be replaced at once. For a moment both contents are right.
+            durable.replace(folder / _MANIFEST_SUM, _manifest_sum(old) + _manifest_sum(new))
+            durable.replace(folder / _MANIFEST, new)
+        durable.replace(folder / _MANIFEST_SUM, _manifest_sum((folder / _MANIFEST).read_bytes()))
 
     def _check_usable(self, version: Version) -> None:
         """Refuse a version that can answer nothing any more."""
@@ -986,6 +1015,50 @@ class Store:
                     return f"; use version {number}"
         return ""
 
+    def stored_versions(self) -> Iterator[StoredVersion]:
+        """Yield the versions as they lie here, for a copy of them.
+
+        One whose manifest cannot be read is passed over. Files may go while it is looked at.
+        """
+        pinned, retired = self.marked()
+        for number, version in self._manifests():
+            folder = self._folder(number)
+            gone = _OWN if number in retired else ()
+            files = tuple(
+                (entry, folder / entry.name)
+                for entry in version.files
+                if entry.name not in gone and (folder / entry.name).exists()
+            )
+            with contextlib.suppress(
+                DamagedError
+            ):  # a purge replaces it, and tells when it is done
+                manifest = _read_manifest(folder)
+                yield StoredVersion(number, manifest, files, number in pinned, number in retired)
+
+    def stored_backbone(self) -> tuple[str, dict[str, Path]]:
+        """Return the backbone's name, and its files by name; nothing of them is read.
+
+        Raises:
+            StateError: none was set yet.
+            DamagedError: its name cannot be read.
+        """
+        if not self.has_backbone():
+            raise StateError("the store has no backbone yet")
+        folder = self._backbone_folder()
+        return folder.name, {name: folder / name for name in _BACKBONE_FILES}
+
+    def forgotten_list(self) -> bytes:
+        """Return the list of forgotten classes as it is on the disk, checked.
+
+        Raises:
+            DamagedError: as ``forgotten``.
+        """
+        self.forgotten()
+        return _read(self._forgotten)
+
+    def _provide(self, folder: Path, entry: FileEntry) -> None:
+        """See that a file is there, which is about to be read. In a store of one's own, it is."""
+
     def _folder(self, number: int) -> Path:
         return self._versions / f"{number:08d}"
 
@@ -993,6 +1066,7 @@ class Store:
         entry = version.file(name)
         if entry is None:
             raise DamagedError(f"version {version.number} lists no {name}")
+        self._provide(self._folder(version.number), entry)
         try:
             return load(_check(self._folder(version.number), entry))
         except SafetensorError as error:

@@ -190,12 +190,14 @@ class AsyncClient(ClientBase):
                 timeout=self._timeout,
                 wait_for_ready=self._wait_for_ready,
                 retry=self._retry,
-                credentials=self._credentials,
+                **self._access.arguments(),
             )
         )
 
     def _connect(self) -> None:
-        """Do nothing: a grpc.aio channel must not be made before the loop runs."""
+        """Look at what is given; a grpc.aio channel must not be made before the loop runs."""
+        self._metadata = self._access.metadata()
+        self._access.check(self._target)
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -204,7 +206,7 @@ class AsyncClient(ClientBase):
 
     @cached_property
     def _stubs(self) -> channel.Stubs:
-        return channel.Stubs(self._channel)
+        return channel.Stubs(self._channel, self._metadata)
 
     async def _unary(self, call: calls.Call[T]) -> T:
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from inflora_client._access import Access
 from inflora_client._calls import Question
 from inflora_client._channel import RetryPolicy, channel_options
 from inflora_client._names import Names, TaskRef, VersionRef
@@ -27,7 +28,20 @@ class ClientBase:
         wait_for_ready: Wait for a server that cannot be reached yet (unary calls: within
             ``timeout``), instead of failing after the retries.
         retry: What to do while the server is UNAVAILABLE.
-        credentials: For TLS, from ``grpc.ssl_channel_credentials``. None sends in the clear.
+        token: Says who calls; sent over TLS and to this machine, never in the clear.
+        token_file: The file that holds it, in place of ``token``; read anew when it changes.
+        tls: Encrypt, and take any server whose certificate gRPC's own list of authorities vouches
+            for.
+        ca: File with the certificates (PEM) of who signed the server's; implies ``tls``.
+        cert: File with the client's own certificate (PEM), for servers that ask for one; implies
+            ``tls``. Read once: make a new client when it is renewed.
+        key: File with its private key (PEM).
+        credentials: In place of the last four, for what they cannot say.
+
+    Raises:
+        ValueError: some of these make no sense together.
+        InsecureTokenError: the token would be sent in the clear.
+        OSError: a file cannot be read.
     """
 
     def __init__(
@@ -38,6 +52,12 @@ class ClientBase:
         timeout: float | None = 60.0,
         wait_for_ready: bool = False,
         retry: RetryPolicy | None = None,
+        token: str | None = None,
+        token_file: str | Path | None = None,
+        tls: bool = False,
+        ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._target = target
@@ -46,7 +66,7 @@ class ClientBase:
         self._timeout = timeout
         self._wait_for_ready = wait_for_ready
         self._retry = retry or RetryPolicy()
-        self._credentials = credentials
+        self._access = Access(token, token_file, tls, ca, cert, key, credentials)
         self._connect()
 
     def _connect(self) -> None:
@@ -56,9 +76,7 @@ class ClientBase:
     def _open_channel(self, grpc_or_aio: Any) -> Any:
         """Open a channel with either of the two modules, whose functions are called alike."""
         options = channel_options(self._retry)
-        if self._credentials is None:
-            return grpc_or_aio.insecure_channel(self._target, options=options)
-        return grpc_or_aio.secure_channel(self._target, self._credentials, options=options)
+        return self._access.open(grpc_or_aio, self._target, options)
 
     def _question(
         self, top_k: int, version: VersionRef | None, task: TaskRef | None, return_embedding: bool

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from inflora_client._access import Access
 from inflora_client._calls import Question
 from inflora_client._channel import PREDICT, RetryPolicy, Stubs, channel_options
 
@@ -322,11 +323,18 @@ class PredictCalls:
         question: What is asked of the images.
         images: At least one encoded image; calls take them in turn.
         batch: Images of each call.
+        access: Who calls.
     """
 
     def __init__(
-        self, target: str, question: Question, images: Sequence[bytes], batch: int = 1
+        self,
+        target: str,
+        question: Question,
+        images: Sequence[bytes],
+        batch: int = 1,
+        access: Access | None = None,
     ) -> None:
+        self._access = access or Access()
         self._target = target
         self._question = question
         self._images = images
@@ -334,8 +342,8 @@ class PredictCalls:
 
     async def __aenter__(self) -> Call:
         options = channel_options(RetryPolicy(max_attempts=1))
-        self._channel = grpc.aio.insecure_channel(self._target, options=options)
-        self._predict = Stubs(self._channel)[PREDICT]
+        self._channel: grpc.aio.Channel = self._access.open(grpc.aio, self._target, options)
+        self._predict = Stubs(self._channel, self._access.metadata())[PREDICT]
         return self._call
 
     async def __aexit__(self, *error: object) -> None:

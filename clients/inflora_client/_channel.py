@@ -11,6 +11,7 @@ from inflora.v1.evaluator_service_pb2_grpc import EvaluatorServiceStub
 from inflora.v1.learner_service_pb2_grpc import LearnerServiceStub
 from inflora.v1.model_service_pb2_grpc import ModelServiceStub
 from inflora.v1.predictor_service_pb2_grpc import PredictorServiceStub
+from inflora_client._access import Metadata
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _MAX_SERVICE_CONFIG_ATTEMPTS = 5  # gRPC treats any higher number as 5
@@ -118,13 +119,43 @@ _STUBS: dict[str, Callable[[Any], Any]] = {
 
 
 class Stubs:
-    """The contract's methods over one channel, looked up by ``Rpc``."""
+    """The contract's methods over one channel, looked up by ``Rpc``.
 
-    def __init__(self, channel: object) -> None:
+    Args:
+        channel: Of grpc or of grpc.aio.
+        metadata: Makes what is sent with each call.
+    """
+
+    def __init__(self, channel: object, metadata: Callable[[], Metadata] | None = None) -> None:
         self._stubs = {service: stub(channel) for service, stub in _STUBS.items()}
+        self._metadata = metadata
 
-    def __getitem__(self, rpc: Rpc) -> Any:
-        return getattr(self._stubs[rpc.service], rpc.method)
+    def __getitem__(self, rpc: Rpc) -> Method:
+        return Method(getattr(self._stubs[rpc.service], rpc.method), self._metadata)
+
+
+class Method:
+    """A method that sends metadata with its calls.
+
+    Args:
+        method: As generated code makes it.
+        metadata: Makes what is sent.
+    """
+
+    def __init__(self, method: Any, metadata: Callable[[], Metadata] | None) -> None:
+        self._method = method
+        self._metadata = metadata
+
+    def __call__(self, request: object, **options: Any) -> Any:
+        """Make a call."""
+        return self._method(request, **self._sent(options))
+
+    def future(self, request: object, **options: Any) -> Any:
+        """Make a call without waiting for its end; not with grpc.aio."""
+        return self._method.future(request, **self._sent(options))
+
+    def _sent(self, options: dict[str, Any]) -> dict[str, Any]:
+        return options | {"metadata": self._metadata()} if self._metadata else options
 
 
 def channel_options(retry: RetryPolicy) -> list[tuple[str, Any]]:
@@ -161,7 +192,9 @@ def _service_config(retry: RetryPolicy) -> str:
                         "initialBackoff": f"{retry.initial_backoff:.9f}s",
                         "maxBackoff": f"{retry.max_backoff:.9f}s",
                         "backoffMultiplier": retry.multiplier,
-                        "retryableStatusCodes": ["UNAVAILABLE"],
+                        # CANCELLED is what a server that stops tells calls that it has received
+                        # and not begun with (grpc/grpc#41785). None of ours makes two of one.
+                        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                     },
                 }
             ]

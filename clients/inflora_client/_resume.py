@@ -219,6 +219,9 @@ class Transfer(Resumable[None]):
         artifact: File name of the artifact.
         to: Destination: a file, or an existing directory, where the artifact keeps its name.
         policy: When to give up.
+
+    Raises:
+        ValueError: The artifact's name is none.
     """
 
     rpc = channel.DOWNLOAD_ARTIFACT
@@ -227,7 +230,11 @@ class Transfer(Resumable[None]):
         super().__init__(policy)
         self._version = version
         self._artifact_name = artifact
-        self._path = to / Path(artifact).name if to.is_dir() else to
+        name = Path(artifact).name
+        if name in ("", ".."):
+            raise ValueError(f"{artifact!r} is no name of a file")
+        # Never a name that the server gives: it must not say where we write.
+        self._path = to / name if to.is_dir() else to
         self._part = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.part")
         self._file = self._part.open("xb")
         self._hash = hashlib.sha256()

@@ -272,7 +272,7 @@ class Client(ClientBase):
 
     def _connect(self) -> None:
         self._channel: grpc.Channel = self._open_channel(grpc)
-        self._stubs = channel.Stubs(self._channel)
+        self._stubs = channel.Stubs(self._channel, self._access.metadata())
 
     def _unary(self, call: calls.Call[T]) -> T:
         try:

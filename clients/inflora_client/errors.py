@@ -78,7 +78,18 @@ class FailedPreconditionError(StatusError):
 
 
 class ResourceExhaustedError(StatusError):
-    """Something is over its limit; where that is the queue or the disk, a later retry may help."""
+    """Something is over its limit; where that is the queue or the disk, a later retry may help.
+
+    Where the caller has used up its quota, ``failure.retry_seconds`` says when.
+    """
+
+
+class UnauthenticatedError(StatusError):
+    """The server asks who is calling, and there is no token or certificate that it knows."""
+
+
+class PermissionDeniedError(StatusError):
+    """The server knows who is calling, and that role may not do this."""
 
 
 class DeadlineExceededError(StatusError):
@@ -147,6 +158,10 @@ def error_of_task(task: Task) -> TaskFailedError:
     return kind(task)
 
 
+class InsecureTokenError(InfloraClientError):
+    """The token would be sent in the clear, where others could read and use it. Use TLS."""
+
+
 class CorruptDownloadError(InfloraClientError):
     """The bytes that arrived are not the file the server announced; nothing was kept."""
 
@@ -157,6 +172,8 @@ _BY_CODE: dict[str, type[StatusError]] = {
     "ALREADY_EXISTS": AlreadyExistsError,
     "FAILED_PRECONDITION": FailedPreconditionError,
     "RESOURCE_EXHAUSTED": ResourceExhaustedError,
+    "UNAUTHENTICATED": UnauthenticatedError,
+    "PERMISSION_DENIED": PermissionDeniedError,
     "DEADLINE_EXCEEDED": DeadlineExceededError,
     "CANCELLED": CallCancelledError,
     "DATA_LOSS": DataLossError,
@@ -166,27 +183,35 @@ _BY_CODE: dict[str, type[StatusError]] = {
 }
 
 
+_DROPPED = Failure("CANCELLED", "CANCELLED")
+"""Of a call that a server had received, and not begun with, when it stopped (grpc/grpc#41785). What
+a caller cancels says so in other words."""
+
+
 def failure_of(status: status_pb2.Status) -> Failure:
-    """Read a ``google.rpc.Status`` with its ``ErrorInfo`` and ``BadRequest``."""
-    reason = ""
+    """Read a ``google.rpc.Status`` with its ``ErrorInfo``, ``BadRequest`` and ``RetryInfo``."""
+    reason, retry_seconds = "", None
     violations: list[FieldViolation] = []
     info, bad_request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
     for detail in status.details:
         if detail.Unpack(info):
             reason = info.reason
+        elif detail.Unpack(retry):
+            retry_seconds = retry.retry_delay.ToTimedelta().total_seconds()
         elif detail.Unpack(bad_request):
             violations += [
                 FieldViolation(v.field, v.description) for v in bad_request.field_violations
             ]
     code = code_pb2.Code.Name(status.code) if status.code in code_pb2.Code.values() else "UNKNOWN"
-    return Failure(code, status.message, reason, tuple(violations))
+    return Failure(code, status.message, reason, tuple(violations), retry_seconds)
 
 
 def error_of(failure: Failure) -> StatusError:
     """The error of the class that fits the failure's code."""
     kind = _BY_CODE.get(failure.code, StatusError)
     # Every error of ours carries an ErrorInfo, so UNAVAILABLE without one is gRPC speaking.
-    if kind is UnavailableError and not failure.reason:
+    if (kind is UnavailableError and not failure.reason) or failure == _DROPPED:
         kind = ConnectionFailedError
     return kind(failure)
 

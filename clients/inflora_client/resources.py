@@ -83,12 +83,14 @@ class Failure:
         message: What is wrong, in English.
         reason: Stable identifier of the cause; empty when no InfLoRA server gave the answer.
         field_violations: The fields at fault, where the request was.
+        retry_seconds: When to ask again, where the server says that.
     """
 
     code: str
     message: str
     reason: str = ""
     field_violations: tuple[FieldViolation, ...] = ()
+    retry_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from inflora_core.errors import InfloraError, InvalidInputError
 from inflora_core.logs import Format
 from inflora_service import backbone_source
 from inflora_service.examples import KeepExamples
+from inflora_service.security import SecuritySettings
 from inflora_service.server import HTTP_PORT, Settings, serve
 
 log = logging.getLogger("inflora_service")
@@ -41,8 +43,17 @@ _LIMIT_OPTIONS = {
     "task_attempts": "how often a worker may die of a task before it is set aside",
     "task_seconds": "longest time in work on a task; 0: any",
     "reserve_bytes": "what stays free on the disk, or nothing is accepted",
+    "max_calls": "most calls at a time, but for health",
 }
 """Fields of ``Limits`` with an option of their own."""
+
+_SECURITY_FILES = {
+    "tls_cert": "the server's certificate, and those of authorities between; PEM",
+    "tls_key": "its private key, without a passphrase; PEM",
+    "tls_client_ca": "who signs clients' certificates; every client needs one then",
+    "tokens": "who may do what: principals with roles, hashes of tokens, names in certificates",
+}
+"""Fields of ``SecuritySettings`` that are files, read anew when they change."""
 
 OFF = "off"
 """Instead of a limit: the check is left out."""
@@ -106,6 +117,55 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PORT",
     )
     add(group, "--http-host", defaults.http_host, "address for that; it asks for no credentials")
+
+    group = parser.add_argument_group("several servers: one learns, others predict")
+    add(
+        group,
+        "--role",
+        defaults.role,
+        "what it does; a predictor follows a shared store, and its own is a copy of that",
+        choices=("all", "learner", "predictor"),
+    )
+    add(
+        group,
+        "--shared",
+        defaults.shared,
+        "where a learner publishes and predictors look: s3://bucket/prefix, gs://..., az://... or "
+        "file:///folder",
+        metavar="URL",
+    )
+    group.add_argument(
+        "--take-over",
+        action="store_true",
+        default=False,
+        help="take the place of the learner that publishes there, and fetch all that it published",
+    )
+    add(
+        group,
+        "--poll-seconds",
+        defaults.poll_seconds,
+        "from one look of a predictor at the shared store to the next",
+        type=_seconds,
+    )
+    add(
+        group,
+        "--cache-bytes",
+        defaults.cache_bytes,
+        "what a predictor keeps of the shared store's files; 0: all that it fetched",
+        type=_count,
+    )
+
+    group = parser.add_argument_group(
+        "security (docs/security.md): without credentials only loopback is listened on"
+    )
+    for name, text in _SECURITY_FILES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="FILE", help=text)
+    group.add_argument(
+        "--insecure",
+        action="store_true",
+        default=False,
+        help="listen to other machines without asking who they are, or take tokens in the clear",
+    )
 
     group = parser.add_argument_group("learning, where a task asks for nothing else")
     add(group, "--preset", "default", "named settings to start from", choices=sorted(PRESETS))
@@ -251,6 +311,13 @@ def _http_port(text: str) -> int | str:
     return number
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
 def _learn_config(arguments: argparse.Namespace) -> LearnConfig:
     changes: dict[str, str] = {}
     for assignment in getattr(arguments, "assignments", []):
@@ -285,6 +352,11 @@ def _gate(arguments: argparse.Namespace) -> Gate:
         raise InvalidInputError(f"{option}: {first['msg']}, or {OFF}") from error
 
 
+def _security(arguments: argparse.Namespace) -> SecuritySettings:
+    files: dict[str, Any] = {name: getattr(arguments, name, None) for name in _SECURITY_FILES}
+    return SecuritySettings(**files, insecure=arguments.insecure)
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     return Settings(
         store=arguments.store,
@@ -313,6 +385,12 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         keep_examples=arguments.keep_examples,
         limits=_limits(arguments),
         drain_seconds=arguments.drain_seconds,
+        role=arguments.role,
+        shared=arguments.shared,
+        take_over=arguments.take_over,
+        poll_seconds=arguments.poll_seconds,
+        cache_bytes=arguments.cache_bytes,
+        security=_security(arguments),
     )
 
 

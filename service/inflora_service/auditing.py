@@ -12,7 +12,6 @@ from inflora_core.errors import DamagedError, InfloraError, NotFoundError
 from inflora_core.model import Task, TaskKind, TaskState, Version
 from inflora_core.store import Store
 from inflora_service.aio import unbroken
-from inflora_service.errors import Context
 from inflora_service.records import TaskRecords
 
 log = logging.getLogger(__name__)
@@ -28,11 +27,6 @@ ENDINGS = {
     TaskState.SET_ASIDE: Event.SET_ASIDE,
 }
 """What the log calls the end of a task."""
-
-
-def caller(context: Context) -> str:
-    """Return who makes a call, as the audit log has it: the address that it comes from."""
-    return context.peer()
 
 
 class AuditTrail:

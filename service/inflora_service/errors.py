@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Never, TypeAlias
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -34,10 +34,14 @@ CODES: dict[type[errors.InfloraError], grpc.StatusCode] = {
     errors.BrokenOffError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnsupportedBackboneError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.QuotaExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.ConflictError: grpc.StatusCode.ALREADY_EXISTS,
     errors.StateError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OvertakenError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.FencedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OutOfRangeError: grpc.StatusCode.OUT_OF_RANGE,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.CancelledError: grpc.StatusCode.CANCELLED,
@@ -56,7 +60,11 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 def to_status(error: errors.InfloraError) -> status_pb2.Status:
-    """Return ``error`` as clients see it: code, message, ErrorInfo, and BadRequest for a field."""
+    """Return ``error`` as clients see it.
+
+    Code, message and ErrorInfo, BadRequest for a field, and RetryInfo where it is known when to ask
+    again.
+    """
     message = _clipped(error.message)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     status = status_pb2.Status(code=CODES[type(error)].value[0], message=message)
@@ -65,6 +73,10 @@ def to_status(error: errors.InfloraError) -> status_pb2.Status:
             field=_clipped(error.field), description=message
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_seconds is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_seconds * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
@@ -112,7 +124,7 @@ def fields_under(prefix: str, **renamed: str) -> Iterator[None]:
         field = prefix + renamed.get(error.field, error.field)
         # Not changed in place: several calls can wait for, and get, one and the same error. Its
         # traceback would hold this context's frames, which hold the error: see ``_abort_with``.
-        raise type(error)(error.message, field=field) from error.with_traceback(None)
+        raise error.renamed(error.message, field) from error.with_traceback(None)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -126,13 +138,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """Return the handler of the call, guarded."""
-        handler = await continuation(handler_call_details)
+        """Return the handler of the call, guarded; or one that says what interceptors raised."""
+        try:
+            handler = await continuation(handler_call_details)
+        except Exception as error:
+            return _refusing(_status_of(error))
         if handler is None:
-            return grpc.stream_stream_rpc_method_handler(_unknown_method)
-        if not handler_call_details.method.startswith(("/inflora.", "/inference.")):
-            return handler  # health and reflection have statuses of their own
+            return _refusing(_unknown_method())
         method = handler_call_details.method
+        if method.startswith("/grpc.health."):
+            return handler  # has statuses of its own
         if method not in self._guarded:
             self._guarded[method] = _guarded(handler)
         return self._guarded[method]
@@ -203,12 +218,23 @@ async def _abort_with(context: Context, status: status_pb2.Status) -> Never:
     await context.abort(answer.code, answer.details, metadata)
 
 
-async def _unknown_method(request: object, context: Context) -> None:
+def _refusing(status: status_pb2.Status) -> Handler:
+    """Return a handler that reads nothing of what the caller sends, whatever kind it is of."""
+
+    async def refuse(request: object, context: Context) -> None:
+        await _abort_with(context, status)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _unknown_method() -> status_pb2.Status:
     status = to_status(
-        errors.NotFoundError("the server has no such method; is it of an older release?")
+        errors.NotFoundError(
+            "the server has no such method: it is of an older release, or has another role"
+        )
     )
     status.code = grpc.StatusCode.UNIMPLEMENTED.value[0]
-    await _abort_with(context, status)
+    return status
 
 
 def _clipped(text: str) -> str:

@@ -12,7 +12,7 @@ from inflora_core.errors import InvalidInputError, LimitExceededError, StateErro
 from inflora_core.evaluation import Evaluation, Tally, TaskFigures
 from inflora_core.predictor import Answers, Floats, processors
 from inflora_service.aio import map_threads
-from inflora_service.serving import Loaded, ModelHost
+from inflora_service.serving import Host, Loaded
 from inflora_service.uploads import Example, Intake, decode_example
 
 BATCH = 64
@@ -33,7 +33,7 @@ class Evaluator:
 
     def __init__(
         self,
-        host: ModelHost,
+        host: Host,
         limits: Limits,
         on_figures: Callable[[Sequence[TaskFigures]], None] = lambda figures: None,
     ) -> None:
@@ -88,7 +88,7 @@ class Examination:
     def __init__(
         self,
         loaded: Loaded,
-        host: ModelHost,
+        host: Host,
         limits: Limits,
         decoders: Executor,
         on_figures: Callable[[Sequence[TaskFigures]], None],

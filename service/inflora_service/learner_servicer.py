@@ -9,7 +9,7 @@ from inflora.v1 import learner_service_pb2 as pb
 from inflora.v1 import learner_service_pb2_grpc
 from inflora_core.config import LearnConfig, Limits
 from inflora_service import codec, names, receiving
-from inflora_service.auditing import caller
+from inflora_service.access import caller
 from inflora_service.errors import Context, fields_under
 from inflora_service.tasks import TaskQueue
 
@@ -29,7 +29,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         first = await receiving.first_message(request_iterator, self._limits)
         with fields_under("spec."):
             request = codec.decode_spec(first.spec, self._config)
-        async with self._tasks.upload(request) as upload:
+        async with self._tasks.upload(request, caller(context)) as upload:
             await receiving.receive(request_iterator, upload, self._limits)
             task = await self._tasks.accept(upload, caller(context))
         return pb.LearnTaskResponse(task=codec.encode_task(await self._tasks.get(task.id)))

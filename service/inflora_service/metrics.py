@@ -40,7 +40,7 @@ from inflora_core.model import Stage, Task, TaskReport, TaskState, Version
 from inflora_core.store import Store
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.records import TaskRecords
-from inflora_service.serving import ModelHost
+from inflora_service.serving import Host
 from inflora_service.space import KINDS, Space
 from inflora_service.tasks import TaskQueue
 
@@ -369,7 +369,7 @@ class Sources:
     store: Store
     space: Space
     limits: Limits
-    host: ModelHost
+    host: Host
     tasks: TaskQueue | None = None
     records: TaskRecords | None = None
     learner: LearnerProcess | None = None
@@ -435,8 +435,8 @@ class State(Collector):
 
     def _tasks(self) -> Iterator[_Sample]:
         records, tasks = self._sources.records, self._sources.tasks
-        yield TASKS_LIMIT, (), self._sources.limits.queued_tasks
         if records is not None:
+            yield TASKS_LIMIT, (), self._sources.limits.queued_tasks
             counts = records.counts()
             for state in TaskState:
                 yield TASKS, (state.value,), counts.get(state, 0)

@@ -1,4 +1,4 @@
-"""``ModelService``: decode, call ``Store``, ``ModelHost`` and ``TaskQueue``, encode."""
+"""``ModelService``: decode, call ``Store``, the host and ``TaskQueue``, encode."""
 
 from __future__ import annotations
 
@@ -6,31 +6,47 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 from inflora.v1 import model_service_pb2 as pb
 from inflora.v1 import model_service_pb2_grpc
-from inflora_core.errors import DamagedError, NotFoundError
+from inflora_core.errors import DamagedError, NotFoundError, StateError
 from inflora_core.model import Version
 from inflora_core.store import ONNX_FILE, Store
-from inflora_service import codec, names
+from inflora_service import access, codec, names
+from inflora_service.access import caller
 from inflora_service.artifacts import read_artifact
-from inflora_service.auditing import caller
 from inflora_service.errors import Context
-from inflora_service.serving import ModelHost
+from inflora_service.promoting import ModelHost
+from inflora_service.serving import Host
 from inflora_service.tasks import TaskQueue
 
 log = logging.getLogger(__name__)
 
 
-class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
-    """Handlers; ``ErrorInterceptor`` turns what they raise into a status."""
+@dataclass(frozen=True)
+class Changes:
+    """What changes versions, in a server that makes them."""
 
-    def __init__(self, store: Store, host: ModelHost, tasks: TaskQueue) -> None:
+    host: ModelHost
+    tasks: TaskQueue
+
+
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
+    """Handlers; ``ErrorInterceptor`` turns what they raise into a status.
+
+    Args:
+        store: Where versions are.
+        host: What is loaded of them.
+        changes: Changes them; None in a server that follows another.
+    """
+
+    def __init__(self, store: Store, host: Host, changes: Changes | None) -> None:
         self._store = store
         self._host = host
-        self._tasks = tasks
+        self._changes = changes
 
     async def ListVersions(
         self, request: pb.ListVersionsRequest, context: Context
@@ -54,7 +70,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> pb.PromoteVersionResponse:
         """Make a version current."""
         number = names.parse_version(request.name, field="name")
-        version = await self._tasks.promote(number, caller(context), force=request.force)
+        version = await self._changing().tasks.promote(number, caller(context), force=request.force)
         return pb.PromoteVersionResponse(version=self._encode(version))
 
     async def PinVersion(
@@ -62,7 +78,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> pb.PinVersionResponse:
         """Keep a version however old it is."""
         number = names.parse_version(request.name, field="name")
-        version = await self._host.pin(number, caller(context))
+        version = await self._changing().host.pin(number, caller(context))
         return pb.PinVersionResponse(version=self._encode(version))
 
     async def UnpinVersion(
@@ -70,7 +86,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> pb.UnpinVersionResponse:
         """Let a version go when it is old."""
         number = names.parse_version(request.name, field="name")
-        version = await self._host.unpin(number, caller(context))
+        version = await self._changing().host.unpin(number, caller(context))
         return pb.UnpinVersionResponse(version=self._encode(version))
 
     async def DownloadArtifact(
@@ -79,6 +95,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         """Stream a file of a version."""
         version = await self._version(request.name)
         name = request.artifact or ONNX_FILE
+        if name != ONNX_FILE:
+            # Statistics of customers' images, and what the next task is learned with.
+            access.require("learn", f"{name} needs the role 'learn', only {ONNX_FILE} does not")
         path = await asyncio.to_thread(self._store.path, version.number, name)
         entry = version.file(name)
         assert entry is not None, "Store.path refuses what the manifest does not list"
@@ -100,6 +119,14 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             # It is not damaged if it was deleted meanwhile, with a class or because it is old.
             await asyncio.to_thread(self._store.path, version.number, name)
             raise
+
+    def _changing(self) -> Changes:
+        if self._changes is None:
+            raise StateError(
+                "this server follows a shared store: versions are promoted and pinned where they "
+                "are learned"
+            )
+        return self._changes
 
     def _newest(self, page: names.Page) -> list[tuple[int, Version]]:
         return list(islice(self._readable(page.before), page.size + 1))

@@ -16,7 +16,7 @@ from inflora_core.store import MODEL, Store
 from inflora_service import codec, names, tensors
 from inflora_service.errors import Context, fields_under
 from inflora_service.predictor_servicer import deadline
-from inflora_service.serving import ModelHost
+from inflora_service.serving import Host
 from inflora_service.turns import Source
 
 SERVER_NAME = "inflora-server"
@@ -30,7 +30,7 @@ EXTENSIONS = ("parameters",)
 class OipServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     """Handlers; ``ErrorInterceptor`` turns what they raise into a status."""
 
-    def __init__(self, store: Store, host: ModelHost, limits: Limits) -> None:
+    def __init__(self, store: Store, host: Host, limits: Limits) -> None:
         self._store = store
         self._host = host
         self._limits = limits
@@ -138,4 +138,4 @@ def _naming_fields() -> Iterator[None]:
     except InfloraError as error:
         if not error.field:
             raise
-        raise type(error)(f"{error.field}: {error.message}", field=error.field) from error
+        raise error.renamed(f"{error.field}: {error.message}", error.field) from error

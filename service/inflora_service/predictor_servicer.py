@@ -1,4 +1,4 @@
-"""``PredictorService``: decode, call ``ModelHost``, encode."""
+"""``PredictorService``: decode, call ``Host``, encode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inflora_core.errors import InvalidInputError, StateError
 from inflora_service import codec, names
 from inflora_service.aio import in_order
 from inflora_service.errors import Context, fields_under
-from inflora_service.serving import DEFAULT_TOP_K, ModelHost
+from inflora_service.serving import DEFAULT_TOP_K, Host
 from inflora_service.tasks import TaskQueue
 from inflora_service.turns import FOREVER
 
@@ -23,9 +23,15 @@ STREAM_AHEAD = 4
 
 
 class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
-    """Handlers; ``ErrorInterceptor`` turns what they raise into a status."""
+    """Handlers; ``ErrorInterceptor`` turns what they raise into a status.
 
-    def __init__(self, host: ModelHost, tasks: TaskQueue, limits: Limits) -> None:
+    Args:
+        host: Answers.
+        tasks: Knows tasks that have no version yet; None in a server that follows another.
+        limits: What is refused.
+    """
+
+    def __init__(self, host: Host, tasks: TaskQueue | None, limits: Limits) -> None:
         self._host = host
         self._tasks = tasks
         self._limits = limits
@@ -71,7 +77,7 @@ class PredictorServicer(predictor_service_pb2_grpc.PredictorServiceServicer):
                     deadline=until,
                 )
         except StateError:
-            if task is not None:
+            if task is not None and self._tasks is not None:
                 with fields_under("", name="task"):
                     await self._tasks.get(task)  # a task that nobody knows is NOT_FOUND
             raise

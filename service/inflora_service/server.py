@@ -35,28 +35,43 @@ from inflora.v1 import (
 from inflora_core import tracing
 from inflora_core.audit import AuditLog, History
 from inflora_core.config import Gate, LearnConfig, Limits, Retention
-from inflora_core.errors import DamagedError, InfloraError, UnavailableError
+from inflora_core.errors import (
+    DamagedError,
+    FencedError,
+    InfloraError,
+    InvalidInputError,
+    UnavailableError,
+)
 from inflora_core.logs import Format
+from inflora_core.mirror import claim
 from inflora_core.predictor import RuntimeOptions
+from inflora_core.replica import Replica, is_replica
+from inflora_core.shared import SharedStore
 from inflora_core.store import Store
 from inflora_core.tracing import Tracing
 from inflora_service import backbone_source, metrics, web
+from inflora_service.access import AccessInterceptor
 from inflora_service.auditing import AuditTrail
 from inflora_service.backbone_source import BackboneSource
 from inflora_service.codec import receive_bytes
-from inflora_service.errors import ErrorInterceptor
+from inflora_service.errors import Context, ErrorInterceptor
 from inflora_service.evaluating import Evaluator
 from inflora_service.evaluator_servicer import EvaluatorServicer
 from inflora_service.examples import Examples, KeepExamples
+from inflora_service.following import Follower, FollowingHost
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
-from inflora_service.model_servicer import ModelServicer
+from inflora_service.model_servicer import Changes, ModelServicer
 from inflora_service.observing import ObservingInterceptor
 from inflora_service.oip_servicer import OipServicer
 from inflora_service.predictor_servicer import PredictorServicer
+from inflora_service.promoting import ModelHost
+from inflora_service.publishing import Publisher
 from inflora_service.records import TaskRecords
+from inflora_service.reloading import keep_fresh
 from inflora_service.resuming import Uploads
-from inflora_service.serving import ModelHost
+from inflora_service.security import Security, SecuritySettings
+from inflora_service.serving import Host
 from inflora_service.space import Space
 from inflora_service.store_lock import StoreLock
 from inflora_service.tasks import TaskQueue
@@ -129,7 +144,14 @@ class Settings:
         learn_launcher: What starts several workers that learn together; one, if empty.
         keep_examples: How long examples are kept once their task has ended.
         drain_seconds: How long running calls may take when the server stops.
+        role: ``all`` learns and predicts; ``learner`` leaves predicting to others, ``predictor``
+            follows a shared store, and learns nothing.
+        shared: URL of a store that a learner publishes to and predictors follow; "" for none.
+        take_over: Whether a learner takes the place of the one that publishes there.
+        poll_seconds: From one look of a predictor at the shared store to the next.
+        cache_bytes: What a predictor keeps of the shared store's files; 0: all that it fetched.
         worker: How to start the learning worker; more arguments are appended.
+        security: Who may call, and whether others can listen in.
     """
 
     store: Path
@@ -158,7 +180,21 @@ class Settings:
     learn_launcher: str = ""
     keep_examples: KeepExamples = "never"
     drain_seconds: float = 30.0
+    role: Literal["all", "learner", "predictor"] = "all"
+    shared: str = ""
+    take_over: bool = False
+    poll_seconds: float = 5.0
+    cache_bytes: int = 0
     worker: tuple[str, ...] = (sys.executable, "-m", "inflora_core.worker_start")
+    security: SecuritySettings = field(default_factory=SecuritySettings)
+
+
+class _Health(health_aio.HealthServicer):
+    """gRPC's own, without ``List``: what it inherits would log a traceback at each call."""
+
+    async def List(self, request: object, context: Context) -> None:
+        """Say that there is no such rpc."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Check or Watch")
 
 
 class Server:
@@ -168,20 +204,27 @@ class Server:
         address: Where it listens, ``host:port``. Set by ``start``.
         http_address: Where it answers HTTP; "" if it does not. Set by ``start``.
         host: Its loaded versions. Set by ``start``.
-        tasks: Its queue. Set by ``start``.
+        tasks: Its queue; a predictor has none. Set by ``start``.
+        publisher: Publishes to the shared store, if there is one.
+        follower: Follows it, in a predictor.
     """
 
     address: str
     http_address: str
-    host: ModelHost
+    host: Host
     tasks: TaskQueue
+    publisher: Publisher | None = None
+    follower: Follower | None = None
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._health = health_aio.HealthServicer()
+        self._health = _Health()
         self._health_changes: set[asyncio.Task[None]] = set()
         self._states: dict[str, bool] = {}
+        self._registry = metrics.new_registry()
         self._undo = AsyncExitStack()
+        self._lost: FencedError | None = None
+        self._over = asyncio.Event()
 
     async def start(self) -> None:
         """Take the store and the port, and serve. Nothing stays behind if that fails.
@@ -191,11 +234,28 @@ class Server:
             StoreFormatError: a newer release wrote the store.
             DamagedError: the store's backbone or its records are damaged, or lost while versions or
                 tasks are there.
+            InvalidInputError: certificates or tokens cannot be used, or anybody could call.
             InfloraError: for a new store, why there can be none with that backbone.
         """
         async with AsyncExitStack() as undo:
-            await self._start(undo)
+            # First of all: what may not be started so must not leave a store behind.
+            await self._secure(undo)
+            if self._settings.role == "predictor":
+                await self._start_following(undo)
+            else:
+                await self._start(undo)
+            self._security.announce()
             self._undo = undo.pop_all()
+
+    async def wait_over(self) -> None:
+        """Wait until it has to be stopped: for good, unless it publishes to a shared store.
+
+        Raises:
+            FencedError: another learner publishes there.
+        """
+        await self._over.wait()
+        assert self._lost is not None, "nothing else ends it"
+        raise self._lost
 
     async def stop(self) -> None:
         """Refuse what is new, finish what runs, and leave the store to the next server."""
@@ -204,34 +264,29 @@ class Server:
     async def _start(self, undo: AsyncExitStack) -> None:
         # What is registered last is undone first.
         settings = self._settings
+        if is_replica(settings.store):
+            raise InvalidInputError(
+                f"{settings.store} is a copy of a shared store, which --role predictor keeps",
+                field="store",
+            )
         store = await asyncio.to_thread(Store.open, settings.store)
         lock = await asyncio.to_thread(StoreLock, store.root)
         undo.callback(lock.release)
-        traces = await asyncio.to_thread(tracing.begin, "server")
-        if traces is not None:
-            undo.push_async_callback(asyncio.to_thread, traces.close)
-        registry = metrics.new_registry()
-        recorder = metrics.Recorder(registry)
-        server, address = self._bind(recorder, traces)
-        self.http_address = self._answer_http(registry, undo)
+        publisher = self.publisher = await self._claim(store)
+        recorder, server, address = await self._listen(undo)
         records = await asyncio.to_thread(TaskRecords, store.root)
         undo.callback(records.close)
         audit = AuditTrail(await asyncio.to_thread(AuditLog, store.root), store, records)
         undo.callback(audit.note_head)
 
-        options = RuntimeOptions(
-            threads=settings.predict_threads,
-            provider=settings.provider,
-            runs=settings.predict_runs,
-            precision=settings.predict_precision,
-        )
         host = ModelHost(
             store,
-            options,
+            self._runtime_options(),
             settings.limits,
             audit,
             on_serving=lambda: self._set_answering(True),
             on_sound=lambda sound: self._set_health(CURRENT, sound),
+            on_changed=publisher.notify if publisher else lambda: None,
             on_swap=recorder.swapped,
             on_run=recorder.ran,
         )
@@ -251,10 +306,11 @@ class Server:
             *(store, records, host, audit, learner, settings.learn, settings.limits),
             *(settings.gate, settings.canary_images, settings.retention),
             *(examples, uploads, space),
+            self._security.access.queued_tasks,
             on_ended=recorder.ended,
         )
         sources = metrics.Sources(store, space, settings.limits, host, tasks, records, learner)
-        metrics.watch(registry, sources, recorder)
+        metrics.watch(self._registry, sources, recorder)
         self.host, self.tasks = host, tasks
         undo.push_async_callback(uploads.close)
         undo.push_async_callback(server.stop, settings.drain_seconds)
@@ -274,14 +330,110 @@ class Server:
         await host.start()
         await tasks.start()
         undo.push_async_callback(tasks.stop)
-        self._register(server, store, host, tasks, evaluator)
+        self._register(server, store, host, evaluator, Changes(host, tasks))
         await server.start()
+        if publisher:
+            publisher.start()
+            undo.push_async_callback(publisher.stop)
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
         undo.push_async_callback(self._health.enter_graceful_shutdown)
         undo.callback(self._states.clear)
         self.address = address
         log.info("listening on %s", address)
+
+    async def _start_following(self, undo: AsyncExitStack) -> None:
+        settings = self._settings
+        if not settings.shared:
+            raise InvalidInputError(
+                "a predictor follows a shared store: say which one with --shared", field="shared"
+            )
+        shared = SharedStore.open(settings.shared)
+        replica = await asyncio.to_thread(Replica.of, shared, settings.store, settings.cache_bytes)
+        lock = await asyncio.to_thread(StoreLock, replica.root)
+        undo.callback(lock.release)
+        recorder, server, address = await self._listen(undo)
+        host = FollowingHost(
+            replica,
+            self._runtime_options(),
+            settings.limits,
+            on_serving=lambda: self._set_answering(True),
+            on_swap=recorder.swapped,
+            on_run=recorder.ran,
+        )
+        undo.callback(host.close)
+        evaluator = Evaluator(host, settings.limits, recorder.evaluation)
+        undo.callback(evaluator.close)
+        self.host = host
+        follower = self.follower = Follower(
+            replica,
+            host,
+            settings.poll_seconds,
+            on_sound=lambda sound: self._set_health(CURRENT, sound),
+        )
+        space = Space(replica, settings.limits)
+        sources = metrics.Sources(
+            *(replica, space, settings.limits, host),
+            following=lambda: metrics.Following(follower.version, follower.lag_seconds),
+        )
+        metrics.watch(self._registry, sources, recorder)
+        undo.push_async_callback(server.stop, settings.drain_seconds)
+        for service in (SERVER, MODEL):
+            self._set_health(service, True)
+        self._set_answering(False)
+        await follower.start()
+        undo.push_async_callback(follower.stop)
+        self._register(server, replica, host, evaluator, None)
+        await server.start()
+        undo.push_async_callback(self._health.enter_graceful_shutdown)
+        undo.callback(self._states.clear)
+        self.address = address
+        log.info("listening on %s; following %s", address, settings.shared)
+
+    async def _claim(self, store: Store) -> Publisher | None:
+        """Become the learner that publishes to the shared store, if there is one."""
+        settings = self._settings
+        if not settings.shared:
+            return None
+        shared = SharedStore.open(settings.shared)
+        mirror = await asyncio.to_thread(claim, store, shared, take_over=settings.take_over)
+        log.info("publishing to %s as learner %s", settings.shared, mirror.seen.root.writer)
+        return Publisher(mirror, self._give_way)
+
+    def _give_way(self, error: FencedError) -> None:
+        log.critical("%s", error)
+        self._lost = error
+        self._over.set()
+
+    def _runtime_options(self) -> RuntimeOptions:
+        settings = self._settings
+        return RuntimeOptions(
+            threads=settings.predict_threads,
+            provider=settings.provider,
+            runs=settings.predict_runs,
+            precision=settings.predict_precision,
+        )
+
+    async def _secure(self, undo: AsyncExitStack) -> None:
+        """Read certificates and tokens, and go on doing so when they change."""
+        settings = self._settings
+        self._security = await asyncio.to_thread(
+            Security, settings.security, settings.host, settings.limits.max_calls
+        )
+        if watched := self._security.watched:
+            seconds = settings.security.reload_seconds
+            fresh = asyncio.create_task(keep_fresh(watched, seconds), name="keep-fresh")
+            undo.callback(fresh.cancel)
+
+    async def _listen(self, undo: AsyncExitStack) -> tuple[metrics.Recorder, grpc.aio.Server, str]:
+        """Take the ports; what is asked by HTTP is answered from now on."""
+        traces = await asyncio.to_thread(tracing.begin, "server")
+        if traces is not None:
+            undo.push_async_callback(asyncio.to_thread, traces.close)
+        recorder = metrics.Recorder(self._registry)
+        server, address = self._bind(recorder, traces)
+        self.http_address = self._answer_http(self._registry, undo)
+        return recorder, server, address
 
     def _bind(
         self, recorder: metrics.Recorder, traces: Tracing | None
@@ -294,6 +446,7 @@ class Server:
                 ObservingInterceptor(recorder, METHODS),
                 *([traces.interceptor(METHODS)] if traces is not None else ()),
                 ErrorInterceptor(),
+                AccessInterceptor(self._security.access),
             ],
             options=[
                 # Two servers on one port would share its connections at random.
@@ -301,14 +454,9 @@ class Server:
                 ("grpc.max_receive_message_length", receive_bytes(settings.limits)),
             ],
         )
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        try:
-            port = server.add_insecure_port(f"{host}:{settings.port}")
-        except RuntimeError as error:
-            raise UnavailableError(
-                f"cannot listen on {host}:{settings.port}: {error}", field="port"
-            ) from error
-        return server, f"{host}:{port}"
+        certificates = self._security.certificates
+        credentials = certificates.credentials() if certificates else None
+        return server, _listen(server, settings.host, settings.port, "port", credentials)
 
     def _answer_http(self, registry: CollectorRegistry, undo: AsyncExitStack) -> str:
         """Answer metrics and probes; return where.
@@ -398,27 +546,32 @@ class Server:
         self,
         server: grpc.aio.Server,
         store: Store,
-        host: ModelHost,
-        tasks: TaskQueue,
+        host: Host,
         evaluator: Evaluator,
+        changes: Changes | None,
     ) -> None:
-        learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(
-            LearnerServicer(tasks, self._settings.learn, self._settings.limits), server
-        )
-        predictor_service_pb2_grpc.add_PredictorServiceServicer_to_server(
-            PredictorServicer(host, tasks, self._settings.limits), server
-        )
-        evaluator_service_pb2_grpc.add_EvaluatorServiceServicer_to_server(
-            EvaluatorServicer(evaluator, self._settings.limits), server
-        )
+        limits, ours = self._settings.limits, [MODEL]
+        tasks = changes.tasks if changes else None
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelServicer(store, host, tasks), server
+            ModelServicer(store, host, changes), server
         )
-        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OipServicer(store, host, self._settings.limits), server
-        )
+        if tasks is not None:
+            ours.append(LEARNER)
+            learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(
+                LearnerServicer(tasks, self._settings.learn, limits), server
+            )
+        if self._settings.role != "learner":
+            ours += [PREDICTOR, EVALUATOR, OIP]
+            predictor_service_pb2_grpc.add_PredictorServiceServicer_to_server(
+                PredictorServicer(host, tasks, limits), server
+            )
+            evaluator_service_pb2_grpc.add_EvaluatorServiceServicer_to_server(
+                EvaluatorServicer(evaluator, limits), server
+            )
+            open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+                OipServicer(store, host, limits), server
+            )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        ours = (LEARNER, PREDICTOR, EVALUATOR, MODEL, OIP)
         names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
 
@@ -477,6 +630,27 @@ def _refuse_remains(store: Store, history: History, records: TaskRecords) -> Non
         )
 
 
+def _listen(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    field: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> str:
+    """Have a server listen, in the clear without credentials, and return where, ``host:port``.
+
+    Raises:
+        UnavailableError: it cannot.
+    """
+    host = f"[{host}]" if ":" in host else host
+    try:
+        if credentials is None:
+            return f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+        return f"{host}:{server.add_secure_port(f'{host}:{port}', credentials)}"
+    except RuntimeError as error:
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error}", field=field) from error
+
+
 def _check_address(host: str, port: int) -> None:
     """Bind to the address for a moment: grpc would not say why it cannot.
 
@@ -519,7 +693,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
     try:
         await server.start()
         on_ready(server.address)
-        await asyncio.Event().wait()
+        await server.wait_over()
     except asyncio.CancelledError:
         main.uncancel()
         log.info("stopping; running calls have %g seconds", settings.drain_seconds)

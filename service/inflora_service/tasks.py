@@ -30,6 +30,7 @@ from inflora_core.errors import (
     LimitExceededError,
     NotFoundError,
     OvertakenError,
+    QuotaExceededError,
     StateError,
     UnavailableError,
 )
@@ -48,14 +49,15 @@ from inflora_core.model import (
 from inflora_core.spool import SpoolSummary, checkpoint_sum, read_spool
 from inflora_core.store import Store
 from inflora_core.tracing import traceparent
+from inflora_service.access import name_of
 from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
 from inflora_service.errors import from_exception
 from inflora_service.examples import Examples, Fate, fate
 from inflora_service.learner_process import LearnerProcess
+from inflora_service.promoting import ModelHost
 from inflora_service.records import Snapshot, TaskRecords, content_hash, task_content
 from inflora_service.resuming import PartialUpload, Uploads
-from inflora_service.serving import ModelHost
 from inflora_service.space import Space
 from inflora_service.uploads import TaskRequest, Upload
 
@@ -65,6 +67,9 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 2.0
 """Between attempts to write a record that the disk does not take."""
+
+QUEUE_SECONDS = 30.0
+"""After which who has enough tasks in the queue may ask again; tasks take about as long."""
 
 SWEEP_SECONDS = 30.0
 """Between looks at what can be removed; more often where uploads are kept for less."""
@@ -144,6 +149,7 @@ class TaskQueue:
         examples: Where spools are.
         uploads: What may become tasks.
         space: Says whether there is room.
+        queued_by: Says how many tasks a caller may have in the queue; None: any number.
         on_ended: Told of every task that has ended, once that is durable.
     """
 
@@ -162,6 +168,7 @@ class TaskQueue:
         examples: Examples,
         uploads: Uploads,
         space: Space,
+        queued_by: Callable[[str], int | None],
         *,
         on_ended: Callable[[Task], None] = lambda task: None,
     ) -> None:
@@ -178,6 +185,7 @@ class TaskQueue:
         self._examples = examples
         self._uploads = uploads
         self._space = space
+        self._queued_by = queued_by
         self._on_ended = on_ended
         self._live: dict[str, _Live] = {}
         self._queue: deque[_Live] = deque()
@@ -327,15 +335,20 @@ class TaskQueue:
     # -- accepting --------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def upload(self, request: TaskRequest) -> AsyncIterator[Upload]:
+    async def upload(self, request: TaskRequest, who: str) -> AsyncIterator[Upload]:
         """The upload of a new task, to be filled, and given to ``accept``; see ``Uploads.open``.
 
+        Args:
+            request: What the spec asks for.
+            who: Who sends it.
+
         Raises:
+            QuotaExceededError: they have enough tasks in the queue.
             LimitExceededError: the queue or the disk is full.
             StateError, ConflictError: it cannot be continued so.
         """
         try:
-            await self._check_room()
+            await self._check_room(who)
         except LimitExceededError:
             # A request that was accepted before may be what fills the queue.
             if await asyncio.to_thread(self._records.by_request_id, request.request_id) is None:
@@ -431,7 +444,7 @@ class TaskQueue:
         await asyncio.to_thread(edits.check, classes, edit, self._store.tables_for(edit))
 
     async def _admit(self, task: Task) -> Task:
-        await self._check_room()
+        await self._check_room(task.who)
         try:
             await asyncio.to_thread(self._records.insert, task)
             await self._audit.accepted(task)
@@ -459,7 +472,13 @@ class TaskQueue:
             await asyncio.to_thread(self._records.get, task)
             await self._insist(self._records.delete, task)
 
-    async def _check_room(self) -> None:
+    async def _check_room(self, who: str) -> None:
+        most, name = self._queued_by(who), name_of(who)
+        if most is not None and sum(name_of(each.task.who) == name for each in self._queue) >= most:
+            raise QuotaExceededError(
+                f"{name} is over its quota, queued_tasks = {most}: retry when one has ended",
+                retry_seconds=QUEUE_SECONDS,
+            )
         if len(self._queue) >= self._limits.queued_tasks:
             raise LimitExceededError(
                 f"{len(self._queue)} tasks are queued already: retry when one has ended"
@@ -577,7 +596,7 @@ class TaskQueue:
                 )
             if not found.content_sha256:
                 raise StateError(f"task {task} names a class that was purged since", field="name")
-            await self._check_room()
+            await self._check_room(who)
             live = _Live(
                 replace(
                     found,

@@ -1,7 +1,7 @@
 """HTTP beside gRPC: what operators and their tools read. A table of routes, GET only.
 
 The event loop accepts connections; a few threads do the rest, so that nothing that is asked here
-holds up a call. Why it is not a web framework: docs/decisions/0008-http-beside-grpc.md.
+holds up a call. Why it is not a web framework: docs/decisions/0009-http-beside-grpc.md.
 """
 
 from __future__ import annotations

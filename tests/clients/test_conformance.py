@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from google.rpc import code_pb2, status_pb2
 
 from inflora.v1 import evaluator_service_pb2 as evaluator_pb
 from inflora.v1 import learner_service_pb2, task_pb2
@@ -38,6 +39,7 @@ from inflora_client import (
     NoveltyEvaluation,
     NoveltyShare,
     OutOfRangeError,
+    PermissionDeniedError,
     ResourceExhaustedError,
     StatusError,
     TaskEvaluation,
@@ -46,6 +48,7 @@ from inflora_client import (
     TaskKind,
     TaskStage,
     TaskState,
+    UnauthenticatedError,
     UnavailableError,
     UnknownLabel,
 )
@@ -207,7 +210,7 @@ class TestTasks:
         learning = task("LEARNING", stage="TASK_STAGE_TRAINING", epoch=1, epochs=2, loss=0.5)
         peer.watches += [
             [task("QUEUED"), learning, status("UNAVAILABLE")],
-            [status("UNAVAILABLE")],
+            [dropped()],
             [learning],
             [learning, task("PUBLISHED", version="models/default/versions/1")],
         ]
@@ -633,6 +636,11 @@ class TestDownload:
             client.download(1, to=tmp_path)
 
 
+def dropped() -> status_pb2.Status:
+    """What gRPC says of a call that a server has received, and not begun with, when it stops."""
+    return status_pb2.Status(code=code_pb2.CANCELLED, message="CANCELLED")
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("code", "kind"),
@@ -647,15 +655,17 @@ class TestErrors:
             ("DATA_LOSS", DataLossError),
             ("OUT_OF_RANGE", OutOfRangeError),
             ("INTERNAL", InternalError),
-            ("PERMISSION_DENIED", StatusError),
+            ("UNAUTHENTICATED", UnauthenticatedError),
+            ("PERMISSION_DENIED", PermissionDeniedError),
+            ("ABORTED", StatusError),
         ],
     )
     def test_each_status_has_its_class(
         self, client: Client, peer: Peer, code: str, kind: type[StatusError]
     ) -> None:
-        peer.failures["GetTask"].append(
-            status(code, "no", "WHY", {"images[3]": "is empty", "top_k": "is negative"})
-        )
+        # As often as any of them is tried.
+        failure = status(code, "no", "WHY", {"images[3]": "is empty", "top_k": "is negative"})
+        peer.failures["GetTask"] += [failure] * 3
         with pytest.raises(StatusError) as caught:
             client.task("t1")
         error = caught.value
@@ -689,6 +699,16 @@ class TestErrors:
         assert type(caught.value) is UnavailableError
         assert len(peer.calls["GetTask"]) == 3
         assert client.task("t1").id == "t1"
+
+    def test_calls_that_a_server_drops_when_it_stops_are_retried(
+        self, client: Client, peer: Peer
+    ) -> None:
+        peer.add_task("t1")
+        peer.failures["GetTask"] += [dropped()] * 2
+        assert client.task("t1").id == "t1"
+        peer.failures["GetTask"] += [dropped()] * 3
+        with pytest.raises(ConnectionFailedError):
+            client.task("t1")
 
     def test_nobody_listens(self, peer: Peer, connect: Callable[..., Client]) -> None:
         peer.stop()

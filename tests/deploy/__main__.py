@@ -1,6 +1,6 @@
 """What holds of a deployment, part by part; the last line is one JSON object.
 
-    python -m tests.deploy --parts metrics
+    python -m tests.deploy --parts security
 
 Each part is a function that takes an empty folder, prints how it does, and returns its figures;
 under ``failed``, a list of what is not as it should be.
@@ -15,9 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.deploy import metrics
+from tests.deploy import metrics, scale, security
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "security": security.measure,
+    "scale": scale.scale,
+    "rolling": scale.rolling,
+    "cold": scale.cold,
     "metrics": metrics.measure,
 }
 

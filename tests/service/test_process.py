@@ -212,6 +212,10 @@ def test_a_folder_that_is_no_store(
         (("--learning-rate", "-1"), "learning_rate"),
         (("--set", "augmentation=flip", "--set", "nonsense=1"), "nonsense"),
         (("--set", "rank"), "KEY=VALUE"),
+        (("--host", "0.0.0.0"), "--insecure"),
+        (("--tls-key", "server.key"), "--tls-cert and --tls-key belong together"),
+        (("--tokens", "none.toml"), "none.toml cannot be read"),
+        (("--max-calls", "0"), "--max-calls"),
     ],
 )
 def test_settings_that_cannot_be(

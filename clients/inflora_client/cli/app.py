@@ -11,11 +11,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from inflora_client import InvalidArgumentError, LearnOptions
+from inflora_client._access import Access
 from inflora_client._base import DEFAULT_TARGET
 from inflora_client._bench import MAX_CALLS, MAX_SECONDS, Bounds
 from inflora_client._calls import Question
 from inflora_client._names import Names
-from inflora_client.cli import benching, learning, render, uploading
+from inflora_client.cli import benching, learning, render, tokens, uploading
 from inflora_client.cli.picture import draw
 from inflora_client.cli.session import (
     EXIT_REFUSED,
@@ -68,9 +69,39 @@ def options(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line, for programs.")
     ] = False,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="INFLORA_TOKEN_FILE", metavar="FILE", help="Holds the token that says who calls."
+        ),
+    ] = None,
+    tls: Annotated[
+        bool,
+        typer.Option("--tls", envvar="INFLORA_TLS", help="Encrypt; implied by --ca and --cert."),
+    ] = False,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="INFLORA_CA",
+            metavar="FILE",
+            help="Who signed the server's certificate, if not one of gRPC's own list (PEM).",
+        ),
+    ] = None,
+    cert: Annotated[
+        Path | None,
+        typer.Option(envvar="INFLORA_CERT", metavar="FILE", help="Certificate of who calls (PEM)."),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(envvar="INFLORA_KEY", metavar="FILE", help="Its private key (PEM)."),
+    ] = None,
 ) -> None:
     """Teach an image classifier that never stops learning, and ask it."""
-    context.obj = Session(server, as_json)
+    try:
+        access = Access(token_file=token_file, tls=tls, ca=ca, cert=cert, key=key)
+    except ValueError as error:
+        fail(str(error), EXIT_USAGE)
+    context.obj = Session(server, as_json, access)
 
 
 @app.command(
@@ -90,6 +121,25 @@ def doctor(context: typer.Context) -> None:
     """Check the store of a server that is stopped, and repair it (try: inflora doctor --help)."""
     session: Session = context.obj
     _become("inflora_service.doctor", [*context.args, *(["--json"] if session.as_json else [])])
+
+
+@app.command()
+def token(
+    context: typer.Context,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Who it is for, as the audit log will have it.")
+    ],
+    role: Annotated[tokens.Role, typer.Option(help="What they may do.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to write it (default: NAME.token); a new file."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a token, and print what the server's --tokens file is to know of it."""
+    session = Session.of(context, None, as_json)
+    made = tokens.make(name, role, out or Path(f"{name}.token"))
+    session.show([made], tokens.entry(made))
 
 
 def _become(module: str, arguments: list[str]) -> NoReturn:

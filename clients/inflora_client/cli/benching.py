@@ -122,7 +122,9 @@ def measure(
     async def all_loads() -> list[bench.LoadReport]:
         reports = []
         with render.progress_bar() as bar:
-            async with bench.PredictCalls(session.server, question, images, batch) as call:
+            async with bench.PredictCalls(
+                session.server, question, images, batch, session.access
+            ) as call:
                 for number, load in enumerate(loads):
                     bar(f"load {number + 1}/{len(loads)}", number / len(loads))
                     tally = await bench.drive(call, load, bounds)

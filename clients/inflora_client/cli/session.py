@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -15,12 +15,16 @@ from rich.console import Console, RenderableType
 from inflora_client import (
     Client,
     InfloraClientError,
+    InsecureTokenError,
     InternalError,
     NotFoundError,
+    PermissionDeniedError,
     RetryPolicy,
     TaskHeldBackError,
+    UnauthenticatedError,
     UnavailableError,
 )
+from inflora_client._access import Access
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -40,6 +44,8 @@ _HINTS: list[tuple[type[InfloraClientError], str]] = [
         "measure its version with 'inflora evaluate --version N', publish it all the same with "
         "'inflora promote --force N'",
     ),
+    (UnauthenticatedError, "give a token with --token-file, or a certificate with --cert"),
+    (PermissionDeniedError, "ask whoever runs the server for another role"),
     (InternalError, "see the server's log"),
 ]
 
@@ -57,29 +63,38 @@ class Session:
     Attributes:
         server: Address of the server.
         as_json: Print one JSON object a line instead of tables.
+        access: Who calls, and which servers are believed.
     """
 
     server: str
     as_json: bool
+    access: Access = field(default_factory=Access)
 
     @staticmethod
     def of(context: typer.Context, server: str | None, as_json: bool) -> Session:
         """Options after the command's name win over those before it."""
         before: Session = context.obj
-        return Session(server or before.server, as_json or before.as_json)
+        return Session(server or before.server, as_json or before.as_json, before.access)
 
     @contextmanager
     def client(self) -> Iterator[Client]:
         """Connect, and end the command with one line and its exit code on an error."""
         try:
-            with Client(self.server, retry=_RETRY) as client:
+            with Client(self.server, retry=_RETRY, **self.access.arguments()) as client:
                 yield client
         except UnavailableError as error:
+            secret = (
+                "; with TLS, it can also be that --ca does not vouch for it, or that it asks for "
+                "a certificate (--cert, --key)"
+            )
             fail(
                 f"cannot reach the server at {self.server} ({error}); start one with "
-                "'inflora serve', or name another with --server",
+                "'inflora serve', or name another with --server"
+                + (secret if self.access.encrypted else ""),
                 EXIT_UNREACHABLE,
             )
+        except InsecureTokenError as error:
+            fail(f"{error}; see --ca and --tls", EXIT_USAGE)
         except InfloraClientError as error:
             hints = "".join(f"; {hint}" for kind, hint in _HINTS if isinstance(error, kind))
             fail(f"{error}{hints}", EXIT_REFUSED)

@@ -32,6 +32,10 @@ class EvaluatorServiceStub(object):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     def __init__(self, channel):
@@ -54,6 +58,10 @@ class EvaluatorServiceServicer(object):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     def Evaluate(self, request_iterator, context):
@@ -105,6 +113,10 @@ class EvaluatorService(object):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     @staticmethod

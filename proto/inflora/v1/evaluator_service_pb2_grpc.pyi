@@ -33,6 +33,10 @@ class EvaluatorServiceStub:
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     @_typing.overload
@@ -70,6 +74,10 @@ class EvaluatorServiceAsyncStub(EvaluatorServiceStub):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -103,6 +111,10 @@ class EvaluatorServiceServicer(metaclass=_abc_1.ABCMeta):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     @_abc_1.abstractmethod

@@ -33,6 +33,10 @@ class LearnerServiceStub(object):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     def __init__(self, channel):
@@ -96,6 +100,10 @@ class LearnerServiceServicer(object):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     def LearnTask(self, request_iterator, context):
@@ -315,6 +323,10 @@ class LearnerService(object):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     @staticmethod

@@ -34,6 +34,10 @@ class LearnerServiceStub:
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     @_typing.overload
@@ -167,6 +171,10 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -296,6 +304,10 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     @_abc_1.abstractmethod

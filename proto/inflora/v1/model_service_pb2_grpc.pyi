@@ -33,6 +33,10 @@ class ModelServiceStub:
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     @_typing.overload
@@ -108,6 +112,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -179,6 +187,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
     status without details: RESOURCE_EXHAUSTED for a message over twice the limit, and UNAVAILABLE or
     CANCELLED when the connection or the caller is gone.
+
+    Where callers have to say who they are, every call can also end with UNAUTHENTICATED or
+    PERMISSION_DENIED (a retry does not help), or, over the caller's quota, with RESOURCE_EXHAUSTED and
+    `google.rpc.RetryInfo`, which says when to ask again.
     """
 
     @_abc_1.abstractmethod
