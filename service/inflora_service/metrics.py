@@ -435,8 +435,8 @@ class State(Collector):
 
     def _tasks(self) -> Iterator[_Sample]:
         records, tasks = self._sources.records, self._sources.tasks
-        yield TASKS_LIMIT, (), self._sources.limits.queued_tasks
         if records is not None:
+            yield TASKS_LIMIT, (), self._sources.limits.queued_tasks
             counts = records.counts()
             for state in TaskState:
                 yield TASKS, (state.value,), counts.get(state, 0)
