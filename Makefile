@@ -225,7 +225,7 @@ check-proto: $(GOOGLEAPIS)/.made ## buf: lint, format, and breaking against the 
 .PHONY: check-lock
 check-lock: $(READY) ## the lock satisfies pyproject.toml, extras included
 	@said=$$($(UV) pip install --dry-run --offline --python $(BIN)/python -r pyproject.toml \
-		--extra learner --extra $(if $(GPU),gpu,cpu) --extra dev 2>&1) || true; \
+		--extra learner --extra $(if $(GPU),gpu,cpu) --extra traces --extra dev 2>&1) || true; \
 	[[ "$$said" == *"Would make no changes"* ]] || { echo "$$said" >&2; \
 		echo "error: $(LOCK) does not satisfy pyproject.toml: run 'make lock'" >&2; exit 1; }
 	@echo "lock: satisfies pyproject.toml"
@@ -243,8 +243,8 @@ proto: $(STUBS)/.made ## regenerate the stubs beside the .proto files
 
 .PHONY: lock
 lock: $(UV) ## resolve the dependencies again (UPGRADE=1: to their newest versions)
-	$(call compile,pyproject.toml --extra learner --extra cpu --extra dev,requirements.lock)
-	$(call compile,pyproject.toml --extra learner --extra gpu --extra dev,requirements-gpu.lock)
+	$(call compile,pyproject.toml --extra learner --extra cpu --extra traces --extra dev,requirements.lock)
+	$(call compile,pyproject.toml --extra learner --extra gpu --extra traces --extra dev,requirements-gpu.lock)
 	$(call compile,--group oip-clients,requirements-oip.lock)
 
 # $(call compile,what,file): names, versions and hashes for every platform, and no addresses.

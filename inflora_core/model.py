@@ -276,6 +276,8 @@ class Task:
     makes is a version: then it taught, or named, something else so."""
     who: str = ""
     """Who sent it, as the audit log has it; "" for one that an older release accepted."""
+    traceparent: str = ""
+    """The trace of the call that sent it, as W3C Trace Context has it; "" without one."""
 
     def withholding(self, names: Collection[str]) -> Task:
         """Return the record with those of ``names`` that it mentions among the withheld."""

@@ -28,6 +28,7 @@ class Tracker:
 
     Args:
         on_progress: Called at every step; may raise ``CancelledError`` to stop the learner.
+        on_stage: Called with each stage that begins.
 
     Attributes:
         epochs: Epochs of training in all; 0 as long as nobody knows.
@@ -35,11 +36,16 @@ class Tracker:
         losses: Loss of every training step, by epoch.
     """
 
-    def __init__(self, on_progress: Callable[[Progress], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_stage: Callable[[Stage], None] = lambda stage: None,
+    ) -> None:
         self.epochs = 0
         self.seconds: dict[Stage, float] = {}
         self.losses: list[list[float]] = []
         self._on_progress = on_progress
+        self._on_stage = on_stage
         self._stage: Stage | None = None
         self._since = 0.0
         self._fraction = 0.0
@@ -48,6 +54,7 @@ class Tracker:
         """End the stage before, and begin ``stage``."""
         self.finish()
         self._stage, self._since = stage, time.monotonic()
+        self._on_stage(stage)
         self.step(0.0)
 
     def finish(self) -> None:

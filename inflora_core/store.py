@@ -711,6 +711,10 @@ class Store:
         """Whether data that only version ``number`` itself needs are gone."""
         return any(not (self._folder(number) / name).exists() for name in (_HEAD, _MEMORY))
 
+    def kept(self) -> list[int]:
+        """Return the versions whose own data are there: neither retired nor purged."""
+        return [number for number in self.numbers() if not self.is_stripped(number)]
+
     def has_onnx(self, number: int) -> bool:
         """Whether ``model.onnx`` of version ``number`` is there."""
         return (self._folder(number) / ONNX_FILE).exists()

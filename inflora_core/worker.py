@@ -9,8 +9,8 @@ Commands come as JSON lines on standard input, events leave as JSON lines on sta
 
     {"command": "prepare", "backbone": "bundled", "architecture": null}
     {"command": "learn", "task": "...", "spool": "...", "settings": {...}, "parent": 3,
-     "gate": {...}}
-    {"command": "edit", "task": "...", "edit": {...}, "parent": 3}
+     "gate": {...}, "traceparent": "00-..."}
+    {"command": "edit", "task": "...", "edit": {...}, "parent": 3, "traceparent": ""}
     {"command": "cancel", "task": "..."}
 
     {"event": "ready"}                                imports are done
@@ -42,6 +42,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -49,7 +50,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from inflora_core import allocator, bundled, canary, durable, edits, gate
+from inflora_core import allocator, bundled, canary, durable, edits, gate, logs, tracing
 from inflora_core.backbone import Backbone, build_backbone, create_backbone, state_of
 from inflora_core.checkpoint import Checkpoint
 from inflora_core.compute import Compute, Precision, halves, is_memory_error
@@ -384,17 +385,18 @@ class Channel:
         os._exit(0)
 
 
-def serve(worker: Worker, channel: Channel) -> None:
-    """Carry out commands until the server is gone."""
+def serve(worker: Worker, channel: Channel, traces: tracing.Tracing | None = None) -> None:
+    """Carry out commands until the server is gone, and trace them if that is asked for."""
     channel.send("ready")
     for command in channel.commands():
         task = command.get("task")
+        logs.note(task=task or "")
         try:
             if command["command"] == "prepare":
                 worker.prepare(command["backbone"], command["architecture"])
                 channel.send("prepared")
             else:
-                number = work(worker, channel, command)
+                number = work(worker, channel, command, traces)
                 channel.send("learned", task=task, version=number)
         except LostRankError as error:
             # Not the task's fault: without a word, as if this process had been the one to go.
@@ -435,16 +437,26 @@ def _leaving(group: Group, channel: Channel) -> Iterator[None]:
     raise SystemExit(1)
 
 
-def work(worker: Worker, channel: Channel, command: Mapping[str, Any]) -> int:
+def work(
+    worker: Worker,
+    channel: Channel,
+    command: Mapping[str, Any],
+    traces: tracing.Tracing | None = None,
+) -> int:
     """Carry out one "learn" or "edit" command; return the number of the new version."""
-    task: str = command["task"]
-    tracker = Tracker(lambda progress: channel.report(task, progress))
-    if command["command"] == "edit":
-        edit = _EDIT.validate_python(command["edit"])
-        return worker.edit(task, edit, command["parent"], tracker)
-    config = LearnConfig.model_validate(command["settings"])
-    limits = Gate.model_validate(command["gate"])
-    return worker.learn(task, Path(command["spool"]), config, command["parent"], tracker, limits)
+    task, kind, parent = command["task"], command["command"], command["parent"]
+    with contextlib.ExitStack() as stack:
+        report = partial(channel.report, task)
+        if traces is None:
+            tracker = Tracker(report)
+        else:
+            span = traces.task(kind, task, command.get("traceparent", ""))
+            tracker = Tracker(report, stack.enter_context(span))
+        if kind == "edit":
+            return worker.edit(task, _EDIT.validate_python(command["edit"]), parent, tracker)
+        config = LearnConfig.model_validate(command["settings"])
+        limits = Gate.model_validate(command["gate"])
+        return worker.learn(task, Path(command["spool"]), config, parent, tracker, limits)
 
 
 def _fail_for_memory(channel: Channel, task: str | None) -> None:
@@ -476,8 +488,9 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=get_args(Precision))
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--nice", type=int, default=10, help="0 to 19, how far others come first")
+    parser.add_argument("--log-format", default="text", choices=get_args(logs.Format))
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s")
+    logs.configure(args.log_format, logging.INFO, "worker", "worker: %(levelname)s %(message)s")
     # Libraries print to standard output; only events may.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -507,7 +520,7 @@ def main() -> None:
     worker = Worker(store, compute, threads)
     if channel is not None:
         store.clear_drafts()
-        serve(worker, channel)
+        serve(worker, channel, tracing.begin("worker"))
         return
     try:
         worker.follow()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,12 @@ class RunningServer:
     process: subprocess.Popen[bytes]
     store: Path
     log: Path
+
+    @property
+    def http(self) -> str:
+        """Where it answers HTTP, ``host:port``."""
+        found = re.findall(r"metrics on http://([^/\s]+)/metrics", self.log.read_text())
+        return str(found[-1])
 
     def worker_pid(self) -> int:
         """Return the process id of the learning worker.
@@ -69,7 +76,7 @@ def running_server(
     pipe, log = folder / "ready", folder / "server.log"
     pipe.unlink(missing_ok=True)  # of a server that used the folder before
     command = [*prefix, sys.executable, "-m", module, "--store", str(folder / "store")]
-    command += ["--port", "0", "--ready-file", str(pipe), *options]
+    command += ["--port", "0", "--http-port", "0", "--ready-file", str(pipe), *options]
     # Of a package that is not installed, the roots must be on the path of both processes.
     with log.open("ab") as output:
         process = subprocess.Popen(

@@ -298,7 +298,10 @@ class Client(ClientBase):
         except grpc.RpcError as error:
             raise error_of_call(error) from error
         finally:
-            call.cancel()  # without effect on a call that has ended
+            # Without effect on a call that has ended. What OpenTelemetry's instrumentation makes of
+            # it is a generator, which was closed by now, and the call with it.
+            if (cancel := getattr(call, "cancel", None)) is not None:
+                cancel()
 
     def _resume(self, stream: Resumable[T]) -> Iterator[T]:
         while not stream.complete:

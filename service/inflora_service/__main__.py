@@ -13,12 +13,14 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from inflora_core import logs
 from inflora_core.config import PRESETS, Gate, LearnConfig, Limits, Retention, preset
 from inflora_core.errors import InfloraError, InvalidInputError
+from inflora_core.logs import Format
 from inflora_service import backbone_source
 from inflora_service.examples import KeepExamples
 from inflora_service.security import SecuritySettings
-from inflora_service.server import Settings, serve
+from inflora_service.server import HTTP_PORT, Settings, serve
 
 log = logging.getLogger("inflora_service")
 
@@ -104,6 +106,17 @@ def _parser() -> argparse.ArgumentParser:
         "how long running calls may take after SIGTERM",
         type=float,
     )
+
+    add(
+        group,
+        "--http-port",
+        defaults.http_port,
+        f"port for metrics and probes by HTTP; 0: any free one; auto: {HTTP_PORT}, or none where "
+        f"that is taken; {OFF}: none",
+        type=_http_port,
+        metavar="PORT",
+    )
+    add(group, "--http-host", defaults.http_host, "address for that; it asks for no credentials")
 
     group = parser.add_argument_group("several servers: one learns, others predict")
     add(
@@ -272,12 +285,28 @@ def _parser() -> argparse.ArgumentParser:
 
     levels = ("debug", "info", "warning", "error")
     add(parser, "--log-level", "info", "least severe messages to log", choices=levels)
+    add(
+        parser,
+        "--log-format",
+        defaults.log_format,
+        "json: a line of JSON for each message, with the ids of call, task and version",
+        choices=get_args(Format),
+    )
     return parser
 
 
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
+        raise ValueError
+    return number
+
+
+def _http_port(text: str) -> int | str:
+    if text in ("auto", OFF):
+        return text
+    number = int(text)
+    if not 0 <= number < 2**16:
         raise ValueError
     return number
 
@@ -335,6 +364,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         architecture=getattr(arguments, "architecture", None),
         host=arguments.host,
         port=arguments.port,
+        http_host=arguments.http_host,
+        http_port=arguments.http_port,
+        log_format=arguments.log_format,
         learn=_learn_config(arguments),
         gate=_gate(arguments),
         canary_images=arguments.canary_images,
@@ -385,9 +417,11 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 def main() -> int:
     """Serve until a signal; return the exit status."""
     arguments = _parser().parse_args()
-    logging.basicConfig(
-        level=arguments.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    logs.configure(
+        arguments.log_format,
+        arguments.log_level.upper(),
+        "server",
+        "%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     ready_file = getattr(arguments, "ready_file", None)
     try:
@@ -397,7 +431,10 @@ def main() -> int:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(serve(settings, lambda address: _announce(address, ready_file)))
     except (InfloraError, OSError) as error:
-        sys.stderr.write(f"inflora_service: error: {error}\n")
+        if arguments.log_format == "json":
+            log.critical("%s", error)
+        else:
+            sys.stderr.write(f"inflora_service: error: {error}\n")
         return 1
     return 0
 

@@ -48,16 +48,31 @@ class Batcher:
         limits: What images are refused, and how many may wait.
         threads: Images that are decoded, and runs of the model, at a time.
         runs: Runs of the model at a time, at the most.
+        on_run: Told of every run, one at a time, while others wait: its images of predictions,
+            those that could wait, and its seconds.
     """
 
-    def __init__(self, limits: Limits, threads: int, runs: int) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        threads: int,
+        runs: int,
+        on_run: Callable[[int, int, float], None] = lambda images, bulk, seconds: None,
+    ) -> None:
         self._limits = limits
+        self._on_run = on_run
         self._turns = Turns(limits, runs)
         self._waiting: dict[Call, _Waiting] = {}
         self._closed = False
         self._changed = threading.Condition()
         for number in range(1, threads + 1):
             threading.Thread(target=self._work, name=f"predict-{number}").start()
+
+    @property
+    def waiting(self) -> int:
+        """Images of predictions without an answer."""
+        with self._changed:
+            return self._turns.predicting
 
     def take_batches(self, most: int, runs: int) -> None:
         """Give the model what it likes, from now on.
@@ -192,8 +207,12 @@ class Batcher:
 
         began = time.monotonic()
         outcome = _attempt(classify)
+        ended = time.monotonic()
+        bulk = sum(call.bulk for call, _, _ in batch)
         with self._changed:
-            self._turns.classified(batch, outcome, began, time.monotonic())
+            self._turns.classified(batch, outcome, began, ended)
+            if isinstance(outcome, Answers):
+                self._on_run(len(batch) - bulk, bulk, ended - began)
             if self._turns.waiting:
                 self._changed.notify(len(batch))  # so many more may be decoded
             settled = self._settled()

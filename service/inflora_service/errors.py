@@ -14,9 +14,12 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from inflora_core import durable, errors
+from inflora_core import durable, errors, logs
 
 log = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+"""Metadata with the id of a request: the client's own, or one that is made here."""
 
 DOMAIN = "inflora"
 """``domain`` of every ``google.rpc.ErrorInfo`` of ours."""
@@ -209,7 +212,10 @@ async def _abort_with(context: Context, status: status_pb2.Status) -> Never:
     # Not while an error is handled, and not holding a request: grpc keeps the exception that ends
     # the call, its context and its frames until Python happens to look for cycles.
     answer = rpc_status.to_status(status)
-    await context.abort(answer.code, answer.details, answer.trailing_metadata)
+    metadata = answer.trailing_metadata
+    if (request_id := logs.noted("request_id")) is not None:
+        metadata = (*metadata, (REQUEST_ID, str(request_id)))  # by which the log is to be searched
+    await context.abort(answer.code, answer.details, metadata)
 
 
 def _refusing(status: status_pb2.Status) -> Handler:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from inflora_core.config import Limits
 from inflora_core.errors import InvalidInputError, LimitExceededError, StateError
-from inflora_core.evaluation import Evaluation, Tally
+from inflora_core.evaluation import Evaluation, Tally, TaskFigures
 from inflora_core.predictor import Answers, Floats, processors
 from inflora_service.aio import map_threads
 from inflora_service.serving import Host, Loaded
@@ -28,11 +28,18 @@ class Evaluator:
     Args:
         host: Holds the versions.
         limits: What is refused.
+        on_figures: Told how tasks fared whenever the version that answers was measured.
     """
 
-    def __init__(self, host: Host, limits: Limits) -> None:
+    def __init__(
+        self,
+        host: Host,
+        limits: Limits,
+        on_figures: Callable[[Sequence[TaskFigures]], None] = lambda figures: None,
+    ) -> None:
         self._host = host
         self._limits = limits
+        self._on_figures = on_figures
         # Threads of its own: in the queue of those that decode for Predict, every call would stand
         # behind a batch of 64 photos. Half of the processors, as for uploads of tasks.
         self._decoders = ThreadPoolExecutor(max(1, processors() // 2), "evaluate-decode")
@@ -59,7 +66,7 @@ class Evaluator:
         self._running += 1
         try:
             loaded = await self._host.answering(version)
-            yield Examination(loaded, self._host, self._limits, self._decoders)
+            yield Examination(loaded, self._host, self._limits, self._decoders, self._on_figures)
         finally:
             self._running -= 1
 
@@ -72,18 +79,27 @@ class Examination:
         host: Classifies.
         limits: What is refused.
         decoders: Threads that decode images.
+        on_figures: As for ``Evaluator``.
 
     Attributes:
         version: The version's number.
     """
 
-    def __init__(self, loaded: Loaded, host: Host, limits: Limits, decoders: Executor) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        host: Host,
+        limits: Limits,
+        decoders: Executor,
+        on_figures: Callable[[Sequence[TaskFigures]], None],
+    ) -> None:
         self.version = loaded.version.number
         self._loaded = loaded
         self._predictor = loaded.predictor
         self._host = host
         self._limits = limits
         self._decoders = decoders
+        self._on_figures = on_figures
         self._intake = Intake(limits)
         self._tally = Tally(loaded.version.classes)
         self._unknown: set[str] = set()
@@ -129,7 +145,10 @@ class Examination:
             raise InvalidInputError("there is nothing to measure: send examples", field="examples")
         if self._pixels:
             await self._classify()
-        return await asyncio.to_thread(self._tally.evaluation, confusions)
+        evaluation = await asyncio.to_thread(self._tally.evaluation, confusions)
+        if self._host.is_current(self.version):
+            self._on_figures(evaluation.tasks)
+        return evaluation
 
     def _prepare(self, numbered: tuple[int, Example]) -> Floats:
         index, example = numbered

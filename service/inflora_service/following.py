@@ -31,6 +31,8 @@ class FollowingHost(Host):
         options: How onnxruntime runs them.
         limits: What images are refused.
         on_serving: Told once a version can answer.
+        on_swap: As for ``Host``.
+        on_run: As for ``Batcher``.
     """
 
     def __init__(
@@ -40,8 +42,12 @@ class FollowingHost(Host):
         limits: Limits,
         *,
         on_serving: Callable[[], None] = lambda: None,
+        on_swap: Callable[[float], None] = lambda seconds: None,
+        on_run: Callable[[int, int, float], None] = lambda images, bulk, seconds: None,
     ) -> None:
-        super().__init__(replica, options, limits, on_serving=on_serving)
+        super().__init__(
+            replica, options, limits, on_serving=on_serving, on_swap=on_swap, on_run=on_run
+        )
         self._replica = replica
 
     async def follow(self, number: int) -> None:
@@ -55,7 +61,7 @@ class FollowingHost(Host):
                 answered before goes on.
         """
         async with self._swap:
-            outdated = self._replica.outdated
+            began, outdated = time.monotonic(), self._replica.outdated
             if outdated:
                 self._drop_pinned()
             # What answers may know what is forgotten: then the same version is read again.
@@ -66,6 +72,7 @@ class FollowingHost(Host):
             self._on_serving()
             await asyncio.to_thread(self._replica.set_current, number)
             self._replica.outdated = False
+            self._on_swap(time.monotonic() - began)
 
     async def trim(self) -> None:
         """Let files go that do not fit into the cache, but for those of loaded versions."""
@@ -118,6 +125,11 @@ class Follower:
             self._looking.cancel()
             await asyncio.wait([self._looking])
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def version(self) -> int:
+        """Number of the version that was current there when it was last followed, 0 before."""
+        return (self._followed and self._followed.current) or 0
 
     @property
     def lag_seconds(self) -> float:

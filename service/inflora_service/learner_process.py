@@ -83,6 +83,7 @@ class LearnerProcess:
         command: How to start a worker.
         keep_open: Descriptors that the worker inherits; see ``server.StoreLock``.
         on_health: Told whether workers come up, whenever that changes.
+        on_end: Told that a worker ended, and that another will be started.
     """
 
     def __init__(
@@ -91,10 +92,12 @@ class LearnerProcess:
         *,
         keep_open: Sequence[int] = (),
         on_health: Callable[[bool], None] = lambda healthy: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._command = command
         self._keep_open = keep_open
         self._on_health = on_health
+        self._on_end = on_end
         self._process: asyncio.subprocess.Process | None = None
         self._ready = asyncio.Event()
         self._job: _Job | None = None
@@ -106,6 +109,11 @@ class LearnerProcess:
     def pid(self) -> int | None:
         """Process id of the worker, None while there is none."""
         return self._process.pid if self._process else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a worker that takes jobs."""
+        return self._ready.is_set()
 
     def start(self) -> None:
         """Start a worker, and from now on a new one whenever it dies."""
@@ -141,10 +149,12 @@ class LearnerProcess:
         gate: Gate,
         parent: int | None,
         on_progress: Callable[[Progress], None],
+        traceparent: str = "",
     ) -> int:
         """Have the worker learn ``task``; return the version, durable but not yet current.
 
-        It is a candidate if the publish gate, with the limits ``gate``, holds it back.
+        It is a candidate if the publish gate, with the limits ``gate``, holds it back. With a
+        ``traceparent``, the worker's part of the trace goes below that span.
 
         Raises:
             CancelledError: ``cancel`` came in time.
@@ -158,11 +168,17 @@ class LearnerProcess:
             "settings": settings.model_dump(mode="json"),
             "gate": gate.model_dump(mode="json"),
             "parent": parent,
+            "traceparent": traceparent,
         }
         return await self._version_of(_Job(command, on_progress))
 
     async def edit(
-        self, task: str, edit: Edit, parent: int | None, on_progress: Callable[[Progress], None]
+        self,
+        task: str,
+        edit: Edit,
+        parent: int | None,
+        on_progress: Callable[[Progress], None],
+        traceparent: str = "",
     ) -> int:
         """Have the worker change the class table; return the version as ``learn`` does.
 
@@ -170,7 +186,13 @@ class LearnerProcess:
             InfloraError: as ``learn`` does.
         """
         change = _EDIT.dump_python(edit, mode="json")
-        command = {"command": "edit", "task": task, "edit": change, "parent": parent}
+        command = {
+            "command": "edit",
+            "task": task,
+            "edit": change,
+            "parent": parent,
+            "traceparent": traceparent,
+        }
         return await self._version_of(_Job(command, on_progress))
 
     def cancel(self, task: str) -> None:
@@ -255,6 +277,7 @@ class LearnerProcess:
             delay = RESTART_DELAYS[min(self._deaths, len(RESTART_DELAYS) - 1)]
             self._deaths += 1
             log.error("the learning worker %s; restarting it in %g s", ended, delay)
+            self._on_end()
             self._crash_job(ended)
             await asyncio.sleep(delay)
 

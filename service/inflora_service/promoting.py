@@ -21,6 +21,7 @@ from inflora_core.errors import (
     StateError,
 )
 from inflora_core.gate import why_held_back
+from inflora_core.logs import note
 from inflora_core.model import Version, VersionState
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.retention import Outdated, outdated
@@ -45,6 +46,8 @@ class ModelHost(Host):
         on_serving: Told once a version can answer.
         on_sound: Told whether the current version is what answers, or there is none yet.
         on_changed: Told whenever what others see of the store may be another.
+        on_swap: As for ``Host``.
+        on_run: As for ``Batcher``.
     """
 
     def __init__(
@@ -57,8 +60,12 @@ class ModelHost(Host):
         on_serving: Callable[[], None] = lambda: None,
         on_sound: Callable[[bool], None] = lambda sound: None,
         on_changed: Callable[[], None] = lambda: None,
+        on_swap: Callable[[float], None] = lambda seconds: None,
+        on_run: Callable[[int, int, float], None] = lambda images, bulk, seconds: None,
     ) -> None:
-        super().__init__(store, options, limits, on_serving=on_serving)
+        super().__init__(
+            store, options, limits, on_serving=on_serving, on_swap=on_swap, on_run=on_run
+        )
         self._on_sound = on_sound
         self._audit = audit
         self._on_changed = on_changed
@@ -301,6 +308,7 @@ class ModelHost(Host):
             await self._audit.purged(version)
 
     async def _swap_to(self, number: int, who: str) -> Version:
+        note(version=number)
         now = time.monotonic()
         loaded = await self._get(number)
         if loaded.since < now or loaded.version.state is not VersionState.WHOLE:
@@ -329,6 +337,7 @@ class ModelHost(Host):
         self._sound.set()
         self._on_serving()
         self._on_sound(True)
+        self._on_swap(time.monotonic() - now)
         return loaded.version
 
     def _before(self) -> int | None:

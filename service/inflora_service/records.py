@@ -179,6 +179,15 @@ class TaskRecords:
         except ValueError as error:
             raise DamagedError(f"{self._path} cannot be read: {error}") from error
 
+    def counts(self) -> dict[TaskState, int]:
+        """Return how many tasks are in each state that any is in.
+
+        Raises:
+            DamagedError: the file is not what SQLite wrote.
+        """
+        rows = self._execute("SELECT state, COUNT(*) FROM tasks GROUP BY state", ())
+        return {TaskState(state): count for state, count in rows}
+
     def problems(self) -> list[str]:
         """Return what SQLite finds wrong with the file.
 

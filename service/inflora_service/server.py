@@ -7,9 +7,11 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from inflora.oip.v2 import open_inference_pb2, open_inference_pb2_grpc
 from inflora.v1 import (
@@ -29,6 +32,7 @@ from inflora.v1 import (
     predictor_service_pb2,
     predictor_service_pb2_grpc,
 )
+from inflora_core import tracing
 from inflora_core.audit import AuditLog, History
 from inflora_core.config import Gate, LearnConfig, Limits, Retention
 from inflora_core.errors import (
@@ -38,12 +42,14 @@ from inflora_core.errors import (
     InvalidInputError,
     UnavailableError,
 )
+from inflora_core.logs import Format
 from inflora_core.mirror import FETCHING, claim
 from inflora_core.predictor import RuntimeOptions
 from inflora_core.replica import Replica, is_replica
 from inflora_core.shared import SharedStore
 from inflora_core.store import Store
-from inflora_service import backbone_source
+from inflora_core.tracing import Tracing
+from inflora_service import backbone_source, metrics, web
 from inflora_service.access import AccessInterceptor
 from inflora_service.auditing import AuditTrail
 from inflora_service.backbone_source import BackboneSource
@@ -56,6 +62,7 @@ from inflora_service.following import Follower, FollowingHost
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
 from inflora_service.model_servicer import Changes, ModelServicer
+from inflora_service.observing import ObservingInterceptor
 from inflora_service.oip_servicer import OipServicer
 from inflora_service.predictor_servicer import PredictorServicer
 from inflora_service.promoting import ModelHost
@@ -77,6 +84,26 @@ PREDICTOR = predictor_service_pb2.DESCRIPTOR.services_by_name["PredictorService"
 EVALUATOR = evaluator_service_pb2.DESCRIPTOR.services_by_name["EvaluatorService"].full_name
 MODEL = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 OIP = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+METHODS = frozenset(
+    f"/{service.full_name}/{method.name}"
+    for contract in (
+        evaluator_service_pb2,
+        learner_service_pb2,
+        model_service_pb2,
+        open_inference_pb2,
+        predictor_service_pb2,
+    )
+    for service in contract.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+)
+"""All methods of our contracts, as gRPC calls them."""
+
+HTTP_PORT = 9464
+"""Where metrics are to be found if nothing else is asked for: OpenTelemetry's port for them."""
+
+ALIVE_SECONDS = 5.0
+"""How long the event loop may take to answer a probe."""
+
 CURRENT = f"{MODEL}/current"
 """Names under which health is asked for; ``SERVER`` is the server as a whole. ``CURRENT`` alone is
 not serving while another version answers in place of the current one."""
@@ -93,6 +120,10 @@ class Settings:
         architecture: timm's name of the architecture, where the backbone does not say.
         host: Address to listen on.
         port: Port to listen on; 0 takes any free one.
+        http_host: Address on which metrics and probes are answered by HTTP.
+        http_port: Port for that; 0 takes any free one. ``auto`` takes ``HTTP_PORT``, and goes on
+            without where it is taken; ``off`` answers none.
+        log_format: Of the learning worker's log; the server's own is set up by who starts it.
         learn: Settings of tasks that ask for none.
         limits: What is refused.
         gate: What versions are held back for.
@@ -128,6 +159,9 @@ class Settings:
     architecture: str | None = None
     host: str = "127.0.0.1"
     port: int = 50051
+    http_host: str = "127.0.0.1"
+    http_port: int | Literal["auto", "off"] = "auto"
+    log_format: Format = "text"
     learn: LearnConfig = field(default_factory=LearnConfig)
     limits: Limits = field(default_factory=Limits)
     gate: Gate = field(default_factory=Gate)
@@ -168,6 +202,7 @@ class Server:
 
     Attributes:
         address: Where it listens, ``host:port``. Set by ``start``.
+        http_address: Where it answers HTTP; "" if it does not. Set by ``start``.
         host: Its loaded versions. Set by ``start``.
         tasks: Its queue; a predictor has none. Set by ``start``.
         publisher: Publishes to the shared store, if there is one.
@@ -175,6 +210,7 @@ class Server:
     """
 
     address: str
+    http_address: str
     host: Host
     tasks: TaskQueue
     publisher: Publisher | None = None
@@ -184,6 +220,8 @@ class Server:
         self._settings = settings
         self._health = _Health()
         self._health_changes: set[asyncio.Task[None]] = set()
+        self._states: dict[str, bool] = {}
+        self._registry = metrics.new_registry()
         self._undo = AsyncExitStack()
         self._lost: FencedError | None = None
         self._over = asyncio.Event()
@@ -240,7 +278,7 @@ class Server:
         lock = await asyncio.to_thread(StoreLock, store.root)
         undo.callback(lock.release)
         publisher = self.publisher = await self._claim(store)
-        server, address = self._bind()
+        recorder, server, address = await self._listen(undo)
         records = await asyncio.to_thread(TaskRecords, store.root)
         undo.callback(records.close)
         audit = AuditTrail(await asyncio.to_thread(AuditLog, store.root), store, records)
@@ -254,14 +292,17 @@ class Server:
             on_serving=lambda: self._set_answering(True),
             on_sound=lambda sound: self._set_health(CURRENT, sound),
             on_changed=publisher.notify if publisher else lambda: None,
+            on_swap=recorder.swapped,
+            on_run=recorder.ran,
         )
         undo.callback(host.close)
-        evaluator = Evaluator(host, settings.limits)
+        evaluator = Evaluator(host, settings.limits, recorder.evaluation)
         undo.callback(evaluator.close)
         learner = LearnerProcess(
             self._worker_command(),
             keep_open=[lock.descriptor],
             on_health=lambda healthy: self._set_health(LEARNER, healthy),
+            on_end=recorder.worker_ended,
         )
         examples = Examples(store.root, settings.keep_examples)
         space = Space(store, settings.limits)
@@ -271,7 +312,10 @@ class Server:
             *(settings.gate, settings.canary_images, settings.retention),
             *(examples, uploads, space),
             self._security.access.queued_tasks,
+            on_ended=recorder.ended,
         )
+        sources = metrics.Sources(store, space, settings.limits, host, tasks, records, learner)
+        metrics.watch(self._registry, sources, recorder)
         self.host, self.tasks = host, tasks
         undo.push_async_callback(uploads.close)
         undo.push_async_callback(server.stop, settings.drain_seconds)
@@ -299,6 +343,7 @@ class Server:
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
         undo.push_async_callback(self._health.enter_graceful_shutdown)
+        undo.callback(self._states.clear)
         self.address = address
         log.info("listening on %s", address)
 
@@ -313,15 +358,17 @@ class Server:
         lock = await asyncio.to_thread(StoreLock, replica.root)
         undo.callback(lock.release)
         await asyncio.to_thread(replica.tidy)
-        server, address = self._bind()
+        recorder, server, address = await self._listen(undo)
         host = FollowingHost(
             replica,
             self._runtime_options(),
             settings.limits,
             on_serving=lambda: self._set_answering(True),
+            on_swap=recorder.swapped,
+            on_run=recorder.ran,
         )
         undo.callback(host.close)
-        evaluator = Evaluator(host, settings.limits)
+        evaluator = Evaluator(host, settings.limits, recorder.evaluation)
         undo.callback(evaluator.close)
         self.host = host
         follower = self.follower = Follower(
@@ -330,6 +377,12 @@ class Server:
             settings.poll_seconds,
             on_sound=lambda sound: self._set_health(CURRENT, sound),
         )
+        space = Space(replica, settings.limits)
+        sources = metrics.Sources(
+            *(replica, space, settings.limits, host),
+            following=lambda: metrics.Following(follower.version, follower.lag_seconds),
+        )
+        metrics.watch(self._registry, sources, recorder)
         undo.push_async_callback(server.stop, settings.drain_seconds)
         for service in (SERVER, MODEL):
             self._set_health(service, True)
@@ -339,6 +392,7 @@ class Server:
         self._register(server, replica, host, evaluator, None)
         await server.start()
         undo.push_async_callback(self._health.enter_graceful_shutdown)
+        undo.callback(self._states.clear)
         self.address = address
         log.info("listening on %s; following %s", address, settings.shared)
 
@@ -377,11 +431,29 @@ class Server:
             fresh = asyncio.create_task(keep_fresh(watched, seconds), name="keep-fresh")
             undo.callback(fresh.cancel)
 
-    def _bind(self) -> tuple[grpc.aio.Server, str]:
+    async def _listen(self, undo: AsyncExitStack) -> tuple[metrics.Recorder, grpc.aio.Server, str]:
+        """Take the ports; what is asked by HTTP is answered from now on."""
+        traces = await asyncio.to_thread(tracing.begin, "server")
+        if traces is not None:
+            undo.push_async_callback(asyncio.to_thread, traces.close)
+        recorder = metrics.Recorder(self._registry)
+        server, address = self._bind(recorder, traces)
+        self.http_address = self._answer_http(self._registry, undo)
+        return recorder, server, address
+
+    def _bind(
+        self, recorder: metrics.Recorder, traces: Tracing | None
+    ) -> tuple[grpc.aio.Server, str]:
         settings = self._settings
         _check_address(settings.host, settings.port)
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(), AccessInterceptor(self._security.access)],
+            # The first goes around all others.
+            interceptors=[
+                ObservingInterceptor(recorder, METHODS),
+                *([traces.interceptor(METHODS)] if traces is not None else ()),
+                ErrorInterceptor(),
+                AccessInterceptor(self._security.access),
+            ],
             options=[
                 # Two servers on one port would share its connections at random.
                 ("grpc.so_reuseport", 0),
@@ -391,6 +463,42 @@ class Server:
         certificates = self._security.certificates
         credentials = certificates.credentials() if certificates else None
         return server, _listen(server, settings.host, settings.port, "port", credentials)
+
+    def _answer_http(self, registry: CollectorRegistry, undo: AsyncExitStack) -> str:
+        """Answer metrics and probes; return where.
+
+        Raises:
+            UnavailableError: the port that was asked for cannot be had.
+        """
+        settings, asked = self._settings, self._settings.http_port
+        if asked == "off":
+            return ""
+        routes = {
+            "/metrics": make_wsgi_app(registry),
+            "/healthz": web.text(partial(_is_alive, asyncio.get_running_loop())),
+            "/readyz": web.text(self._is_ready),
+        }
+        try:
+            server = web.WebServer(
+                settings.http_host, HTTP_PORT if asked == "auto" else asked, routes
+            )
+        except UnavailableError as error:
+            if asked != "auto" or not web.is_taken(error):
+                raise
+            log.warning("there are no metrics: %s; --http-port takes another", error.message)
+            return ""
+        undo.callback(server.close)
+        log.info("metrics on http://%s/metrics", server.address)
+        return server.address
+
+    def _is_ready(self, query: Mapping[str, str]) -> tuple[HTTPStatus, str]:
+        """Say of a service what gRPC health says of it."""
+        serving = self._states.get(query.get("service", SERVER))
+        if serving is None and self._states:
+            return HTTPStatus.NOT_FOUND, "SERVICE_UNKNOWN\n"
+        if not serving:
+            return HTTPStatus.SERVICE_UNAVAILABLE, "NOT_SERVING\n"
+        return HTTPStatus.OK, "SERVING\n"
 
     def _worker_command(self) -> tuple[str, ...]:
         settings = self._settings
@@ -404,6 +512,7 @@ class Server:
             *("--threads", str(settings.learn_threads)),
             *("--memory-bytes", str(settings.learn_memory_bytes)),
             *("--nice", str(settings.learn_nice)),
+            *(("--log-format", "json") if settings.log_format == "json" else ()),
         )
 
     async def _make_backbone(self, store: Store, learner: LearnerProcess) -> None:
@@ -478,11 +587,23 @@ class Server:
             self._set_health(service, answering)
 
     def _set_health(self, service: str, serving: bool) -> None:
+        self._states[service] = serving
         states = health_pb2.HealthCheckResponse
         state = states.SERVING if serving else states.NOT_SERVING
         change = asyncio.create_task(self._health.set(service, state))
         self._health_changes.add(change)
         change.add_done_callback(self._health_changes.discard)
+
+
+def _is_alive(loop: asyncio.AbstractEventLoop, query: Mapping[str, str]) -> tuple[HTTPStatus, str]:
+    """Say whether the event loop gets round to what it is given. Blocks until it does."""
+    turn = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop)
+    try:
+        turn.result(ALIVE_SECONDS)
+    except TimeoutError:
+        turn.cancel()
+        return HTTPStatus.SERVICE_UNAVAILABLE, "the event loop is stuck\n"
+    return HTTPStatus.OK, "alive\n"
 
 
 def _mark_again(store: Store, history: History) -> None:

@@ -22,6 +22,7 @@ from inflora_core.errors import (
     LimitExceededError,
     StateError,
 )
+from inflora_core.logs import note
 from inflora_core.model import Version, VersionState
 from inflora_core.predictor import (
     CPU,
@@ -91,6 +92,8 @@ class Host:
         options: How onnxruntime runs them.
         limits: What images are refused.
         on_serving: Told once a version can answer.
+        on_swap: Told the seconds that it took to have another version answer.
+        on_run: As for ``Batcher``.
     """
 
     def __init__(
@@ -100,11 +103,14 @@ class Host:
         limits: Limits,
         *,
         on_serving: Callable[[], None] = lambda: None,
+        on_swap: Callable[[float], None] = lambda seconds: None,
+        on_run: Callable[[int, int, float], None] = lambda images, bulk, seconds: None,
     ) -> None:
         self._store = store
         self._options = options
         self._limits = limits
         self._on_serving = on_serving
+        self._on_swap = on_swap
         self._current: Loaded | None = None
         self._fault: DamagedError | None = None
         self._pinned: OrderedDict[int, Loaded] = OrderedDict()
@@ -118,7 +124,7 @@ class Host:
         # Threads of a GPU's runs wait for it.
         waiting = GPU_RUNS if options.tries_gpu else 0
         self._batcher = Batcher(
-            limits, max(processors(), options.cpu_runs, 2) + waiting, options.cpu_runs
+            limits, max(processors(), options.cpu_runs, 2) + waiting, options.cpu_runs, on_run
         )
         self._batch: int | None = None
 
@@ -145,6 +151,16 @@ class Host:
     def is_current(self, number: int) -> bool:
         """Whether version ``number`` answers calls that name none."""
         return self._current is not None and self._current.version.number == number
+
+    @property
+    def answering_now(self) -> Loaded | None:
+        """What answers calls that name no version: the current one, or what stands in for it."""
+        return self._current
+
+    @property
+    def waiting_images(self) -> int:
+        """Images of predictions without an answer."""
+        return self._batcher.waiting
 
     @property
     def stand_in(self) -> int | None:
@@ -301,6 +317,7 @@ class Host:
         return await loop.run_in_executor(self._loader, self._load, number)
 
     def _load(self, number: int) -> Loaded:
+        note(version=number)
         generation, since = self._generation, time.monotonic()
         version = self._verified(number)
         whole = version.state is VersionState.WHOLE

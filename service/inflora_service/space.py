@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 from inflora_core.config import Limits
 from inflora_core.errors import DamagedError, LimitExceededError, NotFoundError
 from inflora_core.store import Store
+
+KINDS = ("models", "backbones", "spool", "examples", "canary", "drafts", "records", "other")
+"""What takes room in a store: its folders, its task records and the audit log, and the rest."""
+
+_RECORDS = ("tasks.sqlite", "audit.jsonl")
+_BLOCK = 512
+"""Bytes of the blocks that a file's size on the disk is counted in (``st_blocks``)."""
 
 
 class Space:
@@ -32,13 +40,36 @@ class Space:
         Raises:
             LimitExceededError: there is not; the message says how many bytes are missing.
         """
-        disk = os.statvfs(self._store.root)
-        needed = more + max(self._reserve, versions * self._version_bytes())
-        missing = needed - disk.f_bavail * disk.f_frsize
+        missing = more + self.needed(versions) - self.free()
         if missing > 0:
             raise LimitExceededError(
                 f"the server's disk is short of {missing} bytes; retry when there is room"
             )
+
+    def free(self) -> int:
+        """Return the bytes that are free on the store's filesystem. Blocks."""
+        disk = os.statvfs(self._store.root)
+        return disk.f_bavail * disk.f_frsize
+
+    def needed(self, versions: int = 1) -> int:
+        """Return the bytes that have to be free while so many versions are to come. Blocks."""
+        return max(self._reserve, versions * self._version_bytes())
+
+    def used(self) -> dict[str, int]:
+        """Return the bytes that the store takes on the disk, for each of ``KINDS``. Blocks."""
+        root, used = str(self._store.root), Counter(dict.fromkeys(KINDS, 0))
+        for folder, _, names in os.walk(root):
+            top = os.path.relpath(folder, root).split(os.sep)[0]
+            for name in names:
+                kind = top
+                if top == os.curdir:
+                    kind = "records" if name.startswith(_RECORDS) else "other"
+                try:
+                    blocks = os.lstat(os.path.join(folder, name)).st_blocks
+                except FileNotFoundError:
+                    continue  # what comes and goes
+                used[kind if kind in KINDS else "other"] += blocks * _BLOCK
+        return dict(used)
 
     def _version_bytes(self) -> int:
         """Return what a version takes: as much as the current one, or else as the backbone."""

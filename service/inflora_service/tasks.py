@@ -34,6 +34,7 @@ from inflora_core.errors import (
     StateError,
     UnavailableError,
 )
+from inflora_core.logs import about
 from inflora_core.model import (
     Edit,
     Failure,
@@ -47,6 +48,7 @@ from inflora_core.model import (
 )
 from inflora_core.spool import SpoolSummary, checkpoint_sum, read_spool
 from inflora_core.store import Store
+from inflora_core.tracing import traceparent
 from inflora_service.access import name_of
 from inflora_service.aio import unbroken
 from inflora_service.auditing import AuditTrail
@@ -148,6 +150,7 @@ class TaskQueue:
         uploads: What may become tasks.
         space: Says whether there is room.
         queued_by: Says how many tasks a caller may have in the queue; None: any number.
+        on_ended: Told of every task that has ended, once that is durable.
     """
 
     def __init__(
@@ -166,6 +169,8 @@ class TaskQueue:
         uploads: Uploads,
         space: Space,
         queued_by: Callable[[str], int | None],
+        *,
+        on_ended: Callable[[Task], None] = lambda task: None,
     ) -> None:
         self._store = store
         self._records = records
@@ -181,6 +186,7 @@ class TaskQueue:
         self._uploads = uploads
         self._space = space
         self._queued_by = queued_by
+        self._on_ended = on_ended
         self._live: dict[str, _Live] = {}
         self._queue: deque[_Live] = deque()
         self._left_over: list[tuple[_Live, Coroutine[None, None, None]]] = []
@@ -449,13 +455,14 @@ class TaskQueue:
         self._live[task.id] = live
         self._queue.append(live)
         self._arrival.set()
-        log.info(
-            "task %s accepted: %s, %d classes, %d images",
-            task.id,
-            task.kind,
-            len(task.labels),
-            sum(task.example_counts),
-        )
+        with about(task=task.id):
+            log.info(
+                "task %s accepted: %s, %d classes, %d images",
+                task.id,
+                task.kind,
+                len(task.labels),
+                sum(task.example_counts),
+            )
         return task
 
     async def _withdraw(self, task: str) -> None:
@@ -480,6 +487,14 @@ class TaskQueue:
         await asyncio.to_thread(self._space.check, versions=len(self._live) + 1)
 
     # -- looking ----------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far the task is that is being worked on; None if none is. For any thread."""
+        for live in list(self._live.values()):
+            if live.task.state is TaskState.LEARNING:
+                return live.progress
+        return None
 
     async def get(self, task: str) -> Snapshot:
         """Return a task as it is now.
@@ -628,11 +643,13 @@ class TaskQueue:
 
     async def _run(self) -> None:
         for live, work in self._left_over:
-            await self._guarded(live, work)
+            with about(task=live.task.id):
+                await self._guarded(live, work)
         await self._retain()
         while True:
             live = await self._head()
-            await self._guarded(live, self._work(live))
+            with about(task=live.task.id):
+                await self._guarded(live, self._work(live))
 
     async def _retain(self) -> None:
         """Let old versions go, while none is being made: that needs the one it is made from."""
@@ -801,7 +818,9 @@ class TaskQueue:
     async def _make_version(self, live: _Live) -> int:
         task = live.task
         if task.edit is not None:
-            return await self._learner.edit(task.id, task.edit, live.base, live.on_progress)
+            return await self._learner.edit(
+                task.id, task.edit, live.base, live.on_progress, task.traceparent
+            )
         return await self._learner.learn(
             task.id,
             self._examples.spools / task.id,
@@ -809,6 +828,7 @@ class TaskQueue:
             self._gate,
             live.base,
             live.on_progress,
+            task.traceparent,
         )
 
     async def _forget(self, live: _Live, edit: Forget, number: int) -> Version:
@@ -857,6 +877,7 @@ class TaskQueue:
         """Tell who waits for a task that it has ended."""
         del self._live[ended.id]
         live.change(ended)
+        self._on_ended(ended)
         log.info("task %s is %s", ended.id, ended.state)
 
     async def _write(self, snapshot: Snapshot) -> None:
@@ -905,6 +926,7 @@ def _new_edit(request: EditRequest, who: str) -> Task:
         create_time=now(),
         edit=request.edit,
         who=who,
+        traceparent=traceparent(),
     )
 
 
@@ -921,4 +943,5 @@ def _new_task(upload: Upload, summary: SpoolSummary, who: str) -> Task:
         settings=request.settings,
         create_time=now(),
         who=who,
+        traceparent=traceparent(),
     )

@@ -110,6 +110,11 @@ class Turns:
         return sum(call.left for call in self.calls)
 
     @property
+    def predicting(self) -> int:
+        """Images without an answer, of calls that cannot wait."""
+        return sum(call.left for call in self.calls if not call.bulk)
+
+    @property
     def waiting(self) -> bool:
         """Whether an image is in nobody's hands."""
         return bool(self._to_decode or self._to_run)

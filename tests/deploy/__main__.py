@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.deploy import scale, security
+from tests.deploy import metrics, scale, security
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "security": security.measure,
     "scale": scale.scale,
     "rolling": scale.rolling,
     "cold": scale.cold,
+    "metrics": metrics.measure,
 }
 
 

@@ -125,6 +125,7 @@ async def serving(store: Path, folder: Path, **changes: Any) -> AsyncIterator[Ru
     settings = Settings(
         store=store,
         port=0,
+        http_port="off",
         limits=Limits(reserve_bytes=0),
         predict_threads=1,
         drain_seconds=5.0,

@@ -106,6 +106,7 @@ class Script:
         self.path = path
         self.pids: list[int] = []
         self.visits: list[tuple[str, str | None]] = []
+        self.commands: list[dict[str, Any]] = []
         self._held: set[str] = set()
         self._answers: dict[str, list[dict[str, Any]]] = {}
         self._waiting: dict[str, tuple[asyncio.StreamWriter, Callable[[dict[str, Any]], None]]] = {}
@@ -179,6 +180,7 @@ class Script:
         if question["pid"] not in self.pids:
             self.pids.append(question["pid"])
         self.visits.append((point, question["command"].get("task")))
+        self.commands.append(question["command"])
         result = _work(question)
 
         def answer(how: dict[str, Any]) -> None:
@@ -299,6 +301,7 @@ def settings(tmp_path: Path, prepared_store: Path, script: Script, monkeypatch: 
     return Settings(
         store=tmp_path / "store",
         port=0,
+        http_port=0,
         limits=Limits(
             message_bytes=2**20, predict_images=4, task_images=100, queued_tasks=3, reserve_bytes=0
         ),

@@ -22,6 +22,7 @@ from inflora_core.store import Store
 from inflora_service import publishing
 from inflora_service.server import CURRENT, PREDICTOR
 from tests.service.conftest import BLUE, GREEN, RED, Running, fails, png
+from tests.service.scraping import scrape
 
 NEVER = 3600.0
 """Seconds from one look to the next: tests say when to look."""
@@ -316,3 +317,22 @@ async def test_a_retired_version_answers_no_more(learner: Running, follow: Any):
     with fails("FAILED_PRECONDITION", "WRONG_STATE", "version"):
         await predict(predictor, name)
     assert labels(await predict(predictor)) == {"red", "green", "blue"}
+
+
+async def test_metrics_say_how_it_keeps_up(learner: Running, follow: Any):
+    predictor = await follow()
+    seen = await scrape(predictor)
+    assert seen.value("inflora_follow_version") == 0
+    await teach(learner, {"red": RED, "green": GREEN})
+    before = await scrape(predictor)
+    await followed(learner, predictor)
+    await predict(predictor)
+    seen = await scrape(predictor)
+    found = [seen.value(f"inflora_{name}") for name in ("follow_version", "version", "answering")]
+    assert found == [1, 1, 1]
+    assert (before.value("inflora_follow_lag_seconds") or 0) > 0
+    assert seen.value("inflora_swap_seconds_count") == 1
+    assert seen.value("inflora_images_total", purpose="predict") == 1
+    assert seen.value("inflora_tasks", state="QUEUED") is None
+    assert seen.value("inflora_scrape_faults_total") == 0
+    assert (await scrape(learner)).value("inflora_follow_version") is None

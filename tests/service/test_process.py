@@ -122,6 +122,34 @@ async def test_a_signal_during_the_start_ends_it(tmp_path: Path) -> None:
         assert await server.wait() == 0
 
 
+async def test_its_log_is_json_if_that_is_asked_for(store: Path) -> None:
+    options = ("--store", store, "--port", 0, "--http-port", 0, "--log-format", "json")
+    async with process(*options) as server:
+        assert server.stderr is not None
+        messages: list[str] = []
+        while not messages or "ready; try" not in messages[-1]:
+            line = json.loads(await server.stderr.readline())
+            assert line["process"] == "server"
+            messages.append(line["message"])
+        assert any("metrics on http://127.0.0.1:" in message for message in messages)
+        server.send_signal(signal.SIGTERM)
+        rest, _ = await asyncio.gather(server.stderr.read(), server.wait())
+        assert {json.loads(line)["process"] for line in rest.splitlines()} >= {"server"}
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "metrics"])
+def test_a_port_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, port: str
+) -> None:
+    arguments = ["inflora_service", "--store", str(tmp_path / "new"), "--http-port", port]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 2
+    assert "--http-port" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
 @contextlib.contextmanager
 def _taken_port() -> Any:
     with socket.socket() as taken:

@@ -1,0 +1,169 @@
+"""HTTP beside gRPC: what operators and their tools read. A table of routes, GET only.
+
+The event loop accepts connections; a few threads do the rest, so that nothing that is asked here
+holds up a call. Why it is not a web framework: docs/decisions/0009-http-beside-grpc.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import parse_qs
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+from inflora_core.errors import UnavailableError
+
+log = logging.getLogger(__name__)
+
+THREADS = 4
+"""Requests at a time; more wait."""
+
+SILENCE_SECONDS = 10.0
+"""How long a client may keep a thread waiting for its next bytes."""
+
+Page = Callable[[Mapping[str, str]], tuple[HTTPStatus, str]]
+"""Takes the query's parameters, the first of each name; returns status and text."""
+
+
+def text(page: Page) -> WSGIApplication:
+    """Return what answers with a page of plain text."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        query = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
+        status, content = page({name: values[0] for name, values in query.items()})
+        return _say(start_response, status, content)
+
+    return answer
+
+
+class WebServer:
+    """Answers from its construction, in a running event loop, until it is closed there.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on; 0 takes any free one.
+        routes: What answers, by path.
+
+    Attributes:
+        address: Where it listens, ``host:port``.
+
+    Raises:
+        UnavailableError: the address cannot be had.
+    """
+
+    def __init__(self, host: str, port: int, routes: Mapping[str, WSGIApplication]) -> None:
+        try:
+            family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            self._server = _Server(family, where, _by_route(routes))
+        except OSError as error:
+            raise UnavailableError(
+                f"cannot listen on {host}:{port} for HTTP: {error.strerror}", field="http_port"
+            ) from error
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{self._server.server_port}"
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._server.fileno(), self._server.accept)
+
+    def close(self) -> None:
+        """Accept nothing more; what was begun with is answered."""
+        self._loop.remove_reader(self._server.fileno())
+        self._server.server_close()
+
+
+class _Server(WSGIServer):
+    """Gives connections to a few threads; Python's own starts one for each, however many come."""
+
+    request_queue_size = 64
+
+    def __init__(
+        self, family: socket.AddressFamily, where: tuple[Any, ...], app: WSGIApplication
+    ) -> None:
+        self.address_family = family
+        self._threads = ThreadPoolExecutor(THREADS, "http")
+        super().__init__(where, _Requests)
+        self.set_app(app)
+        self.socket.setblocking(False)
+
+    def server_bind(self) -> None:
+        # Not WSGIServer's: that asks a name server what this machine is called, perhaps for long.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    def accept(self) -> None:
+        """Take a connection that is there."""
+        try:
+            connection, address = self.get_request()
+        except OSError as error:  # it is gone again, or there are too many open files
+            log.debug("an HTTP connection cannot be accepted: %s", error)
+            return
+        self._threads.submit(self._serve, connection, address)
+
+    def _serve(self, connection: socket.socket, address: Any) -> None:
+        try:
+            self.finish_request(connection, address)
+        except OSError as error:
+            log.debug("an HTTP client is gone: %s", error)
+        except Exception:
+            log.exception("an HTTP request failed")
+        finally:
+            self.shutdown_request(connection)
+
+    def server_close(self) -> None:
+        super().server_close()
+        self._threads.shutdown(wait=False)
+
+
+class _Requests(WSGIRequestHandler):
+    """Reads requests, and does not log them."""
+
+    timeout = SILENCE_SECONDS
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass  # probes and scrapes come every few seconds
+
+
+def _by_route(routes: Mapping[str, WSGIApplication]) -> WSGIApplication:
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            # Else the server's header is of Python, with its version.
+            return start_response(status, [*headers, ("Server", "inflora")], *error)
+
+        if environ["REQUEST_METHOD"] != "GET":
+            return _say(start, HTTPStatus.METHOD_NOT_ALLOWED, "only GET\n", ("Allow", "GET"))
+        route = routes.get(environ["PATH_INFO"])
+        if route is None:
+            there = "".join(f"{path}\n" for path in sorted(routes))
+            return _say(start, HTTPStatus.NOT_FOUND, f"there are:\n{there}")
+        try:
+            return route(environ, start)
+        except Exception:
+            log.exception("%s cannot be answered", environ["PATH_INFO"])
+            return _say(start, HTTPStatus.INTERNAL_SERVER_ERROR, "see the server's log\n")
+
+    return answer
+
+
+def _say(
+    start_response: StartResponse, status: HTTPStatus, content: str, *headers: tuple[str, str]
+) -> Iterable[bytes]:
+    kind = ("Content-Type", "text/plain; charset=utf-8")
+    start_response(
+        f"{status.value} {status.phrase}", [kind, ("X-Content-Type-Options", "nosniff"), *headers]
+    )
+    return [content.encode()]
+
+
+def is_taken(error: UnavailableError) -> bool:
+    """Whether somebody else listens there already."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE
