@@ -333,7 +333,7 @@ class PredictCalls:
         self._batch = batch
 
     async def __aenter__(self) -> Call:
-        options = channel_options(RetryPolicy(max_attempts=1))
+        options = channel_options(RetryPolicy(max_attempts=1), self._target)
         self._channel = grpc.aio.insecure_channel(self._target, options=options)
         self._predict = Stubs(self._channel)[PREDICT]
         return self._call
