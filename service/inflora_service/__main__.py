@@ -42,6 +42,9 @@ _LIMIT_OPTIONS = {
 }
 """Fields of ``Limits`` with an option of their own."""
 
+_LONGEST = 1_000_000.0
+"""Seconds of a setting that gRPC takes in milliseconds, as a number of 32 bits."""
+
 OFF = "off"
 """Instead of a limit: the check is left out."""
 
@@ -73,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add(group, "--store", defaults.store, "folder of the store, made if there is none", type=Path)
     group.add_argument(
         "--backbone",
+        type=_named,
         help=f"what a new store is made with: {backbone_source.DEFAULT} (as without this option), "
         "a timm or hf-hub: name, or a safetensors file",
     )
@@ -81,6 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("network")
     add(group, "--host", defaults.host, "address to listen on")
     add(group, "--port", defaults.port, "port to listen on; 0: any free one", type=int)
+    group.add_argument(
+        "--health-port",
+        type=_count,
+        help="port on which health alone is answered, in the clear, for probes that speak no TLS; "
+        "0: any free one",
+    )
+    add(
+        group,
+        "--max-connection-age-seconds",
+        defaults.max_connection_age_seconds,
+        "after this long a client is asked to connect again, so that it finds servers that came "
+        "meanwhile; calls that run go on; 0: never",
+        type=_age,
+        metavar="SECONDS",
+    )
     group.add_argument(
         "--ready-file",
         type=Path,
@@ -222,6 +241,22 @@ def _count(text: str) -> int:
     return number
 
 
+def _age(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= _LONGEST:  # NaN is not, either
+        raise ValueError
+    return number
+
+
+def _named(text: str) -> str:
+    """Refuse a name that was left empty: it would be taken for none, which is the bundled one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "is empty: name a backbone (a timm or hf-hub: name, or a safetensors file)"
+        )
+    return text
+
+
 def _learn_config(arguments: argparse.Namespace) -> LearnConfig:
     changes: dict[str, str] = {}
     for assignment in getattr(arguments, "assignments", []):
@@ -263,6 +298,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         architecture=getattr(arguments, "architecture", None),
         host=arguments.host,
         port=arguments.port,
+        health_port=getattr(arguments, "health_port", None),
+        max_connection_age_seconds=arguments.max_connection_age_seconds,
         learn=_learn_config(arguments),
         gate=_gate(arguments),
         canary_images=arguments.canary_images,

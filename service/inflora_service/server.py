@@ -42,6 +42,7 @@ from inflora_service.errors import ErrorInterceptor
 from inflora_service.evaluating import Evaluator
 from inflora_service.evaluator_servicer import EvaluatorServicer
 from inflora_service.examples import Examples, KeepExamples
+from inflora_service.health_port import health_server
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
 from inflora_service.model_servicer import ModelServicer
@@ -78,6 +79,10 @@ class Settings:
         architecture: timm's name of the architecture, where the backbone does not say.
         host: Address to listen on.
         port: Port to listen on; 0 takes any free one.
+        health_port: Port on which health alone is answered, in the clear; None for no such port, 0
+            for any free one.
+        max_connection_age_seconds: After this long, about, a connection takes no new calls, and its
+            client connects again; calls that run go on. 0: never.
         learn: Settings of tasks that ask for none.
         limits: What is refused.
         gate: What versions are held back for.
@@ -106,6 +111,8 @@ class Settings:
     architecture: str | None = None
     host: str = "127.0.0.1"
     port: int = 50051
+    health_port: int | None = None
+    max_connection_age_seconds: float = 0.0
     learn: LearnConfig = field(default_factory=LearnConfig)
     limits: Limits = field(default_factory=Limits)
     gate: Gate = field(default_factory=Gate)
@@ -132,11 +139,13 @@ class Server:
 
     Attributes:
         address: Where it listens, ``host:port``. Set by ``start``.
+        health_address: Where health alone is answered, None if nowhere. Set by ``start``.
         host: Its loaded versions. Set by ``start``.
         tasks: Its queue. Set by ``start``.
     """
 
     address: str
+    health_address: str | None
     host: ModelHost
     tasks: TaskQueue
 
@@ -157,6 +166,7 @@ class Server:
             InfloraError: for a new store, why there can be none with that backbone.
         """
         async with AsyncExitStack() as undo:
+            await self._answer_probes(undo)
             await self._start(undo)
             self._undo = undo.pop_all()
 
@@ -219,14 +229,15 @@ class Server:
         else:
             await asyncio.to_thread(self._check_backbone, store, audit.history)
         await audit.begin()
-        for service in (SERVER, MODEL, LEARNER):
-            self._set_health(service, True)
+        self._set_health(LEARNER, True)
         self._set_answering(False)
         await host.start()
         await tasks.start()
         undo.push_async_callback(tasks.stop)
         self._register(server, store, host, tasks, evaluator)
         await server.start()
+        for service in (SERVER, MODEL):  # not before: the health port is there from the beginning
+            self._set_health(service, True)
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
         undo.push_async_callback(self._health.enter_graceful_shutdown)
@@ -236,22 +247,31 @@ class Server:
     def _bind(self) -> tuple[grpc.aio.Server, str]:
         settings = self._settings
         _check_address(settings.host, settings.port)
-        server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
-            options=[
-                # Two servers on one port would share its connections at random.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", receive_bytes(settings.limits)),
-            ],
-        )
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        try:
-            port = server.add_insecure_port(f"{host}:{settings.port}")
-        except RuntimeError as error:
-            raise UnavailableError(
-                f"cannot listen on {host}:{settings.port}: {error}", field="port"
-            ) from error
-        return server, f"{host}:{port}"
+        options: list[tuple[str, object]] = [
+            # Two servers on one port would share its connections at random.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", receive_bytes(settings.limits)),
+        ]
+        if age := settings.max_connection_age_seconds:
+            # No grace is set, so there is no end to it: a stream that outlives the connection's age
+            # goes on, and only what its client calls next takes another connection.
+            options.append(("grpc.max_connection_age_ms", max(1, round(age * 1000))))
+        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
+        return server, _listen(server, settings.host, settings.port, "port")
+
+    async def _answer_probes(self, undo: AsyncExitStack) -> None:
+        """Tell of health on a port of its own, if there is one, until all else has ended."""
+        settings = self._settings
+        self.health_address = None
+        if settings.health_port is None:
+            return
+        await self._health.set(SERVER, health_pb2.HealthCheckResponse.NOT_SERVING)  # not yet
+        _check_address(settings.host, settings.health_port)
+        server = health_server(self._health)
+        self.health_address = _listen(server, settings.host, settings.health_port, "health-port")
+        undo.push_async_callback(server.stop, None)
+        await server.start()
+        log.info("health alone is on %s, in the clear", self.health_address)
 
     def _worker_command(self) -> tuple[str, ...]:
         settings = self._settings
@@ -369,6 +389,19 @@ def _refuse_remains(store: Store, history: History, records: TaskRecords) -> Non
             f"the store {store.root} has a past, but no backbone: it is damaged; see what "
             "inflora doctor says of it"
         )
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int, field: str) -> str:
+    """Have a server listen in the clear, and return where, ``host:port``.
+
+    Raises:
+        UnavailableError: it cannot.
+    """
+    host = f"[{host}]" if ":" in host else host
+    try:
+        return f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+    except RuntimeError as error:
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error}", field=field) from error
 
 
 def _check_address(host: str, port: int) -> None:
