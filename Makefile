@@ -63,6 +63,8 @@ export UV_PYTHON_DOWNLOADS := never
 STUB_TOOLS := --with grpcio-tools==1.76.0 --with mypy-protobuf==5.1.0
 PROTOC = $(UV) run --quiet --isolated --no-project --python '$(PYTHON)' $(STUB_TOOLS) \
 	python -m grpc_tools.protoc
+# By itself, too: checkov holds its library back.
+SBOM = PYTHONWARNINGS=ignore $(UV) run --quiet --isolated --no-project --python '$(PYTHON)' --with cyclonedx-bom==7.5.0 cyclonedx-py
 PROTOS := $(sort $(wildcard proto/inflora/v1/*.proto proto/inflora/oip/v2/*.proto))
 GOOGLEAPIS := build/googleapis
 STUBS := build/stubs
@@ -263,11 +265,11 @@ compile = $(UV) pip compile $(1) --quiet --universal --generate-hashes \
 	$(if $(UPGRADE),--upgrade) --output-file $(2)
 
 .PHONY: sbom
-sbom: $(DEPLOY_READY) ## what each container has installed, as CycloneDX, under build/sbom
+sbom: $(UV) ## what each container has installed, as CycloneDX, under build/sbom
 	@mkdir -p build/sbom
 	@for image in learner predictor-gpu predictor; do \
-		$(DEPLOY_VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
-			--output-file build/sbom/$$image.cdx.json deploy/requirements-$$image.lock; \
+		$(SBOM) requirements --pyproject pyproject.toml --output-reproducible \
+			-o build/sbom/$$image.cdx.json deploy/requirements-$$image.lock; \
 	done
 	@ls build/sbom
 

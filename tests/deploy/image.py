@@ -11,6 +11,7 @@ and does nothing. Files lie under `build/deploy`, and stay there for the next ti
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -43,7 +44,7 @@ def figures() -> dict[str, Any]:
     began = time.monotonic()
     BUILD.mkdir(parents=True, exist_ok=True)
     errors: list[str] = []
-    size = 0
+    size = ""
     try:
         _make_base()
         _buildah(
@@ -52,10 +53,8 @@ def figures() -> dict[str, Any]:
             *_registry_settings(),
             ".",
         )
-        size = int(
-            _buildah("inspect", "--type=image", "--format={{.Size}}", f"localhost/inflora-{TARGET}")
-            or 0
-        )
+        (image,) = json.loads(_buildah("images", "--json", f"localhost/inflora-{TARGET}"))
+        size = image["size"]
         errors += _faults()
     except subprocess.CalledProcessError as error:
         errors.append(f"{' '.join(map(str, error.cmd))}: {(error.stderr or '')[-3000:]}")
@@ -64,7 +63,7 @@ def figures() -> dict[str, Any]:
     return {
         "image_built": int(not errors),
         "image_errors": len(errors),
-        "image_bytes": size,
+        "image_size": size,
         "image_seconds": round(time.monotonic() - began, 1),
     }
 
@@ -88,10 +87,12 @@ def _environment() -> dict[str, str]:
 
 
 def _registry_settings() -> list[str]:
-    """Have pip in the build find the registry where pip here does."""
+    """Have pip in the build find the registry where pip here does, and trust it."""
     settings = [Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf"]
-    there = [path for path in settings if path.is_file()]
-    return [f"--volume={path}:/etc/pip.conf:ro" for path in there[-1:]]
+    volumes = [f"{path}:/etc/pip.conf:ro" for path in settings if path.is_file()][-1:]
+    authorities = Path("/etc/ssl/certs/ca-certificates.crt")
+    volumes += [f"{authorities}:{authorities}:ro"] if authorities.is_file() else []
+    return [f"--volume={volume}" for volume in volumes]
 
 
 def _make_base() -> None:
@@ -161,16 +162,14 @@ def _run(container: str, store: Path, *command: str) -> list[str]:
 
 
 def _run_and_ask(container: str, store: Path) -> list[str]:
-    entry = _buildah("inspect", "--format={{json .Docker.config.Entrypoint}}", container)
-    health = _buildah("inspect", "--format={{json .Docker.config.Healthcheck}}", container)
-    user = _buildah("inspect", "--format={{.Docker.config.User}}", container)
-    found = []
-    if entry != '["python","-m","inflora_service"]':
-        found.append(f"the entrypoint is {entry}")
-    if "inflora_service.probe" not in health:
-        found.append(f"the health check is {health}")
-    if user != f"{USER}:{USER}":
-        found.append(f"the user is {user!r}")
+    made = json.loads(_buildah("inspect", container))["Docker"]["config"]
+    wanted = {
+        "Entrypoint": ["python", "-m", "inflora_service"],
+        "User": f"{USER}:{USER}",
+        "Healthcheck": ["CMD", "python", "-m", "inflora_service.probe"],
+    }
+    made["Healthcheck"] = made["Healthcheck"]["Test"]
+    found = [f"{name} is {made[name]}" for name in wanted if made[name] != wanted[name]]
     # The build has no network of its own, so the image's own ports may be taken.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from inflora_service.__main__ import _parser
+from inflora_service.learner_process import STOP_SECONDS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -213,20 +214,19 @@ def arguments_of(
     return [re.sub(r"\$\((\w+)\)", lambda m: values[m[1]], text) for text in container["args"]]
 
 
-def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace | None, dict[str, str], str]:
-    """Have the server's own parser read arguments.
+def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace | None, str]:
+    """Have the server's own parser read arguments, but for what is not merged.
 
     Returns:
-        What it read, None if it refuses them; the options that are not merged; what it said.
+        What it read, None if it refuses them; what it said.
     """
     known = [text for text in arguments if text.partition("=")[0] not in NOT_MERGED]
-    later = dict(text.split("=", 1) for text in arguments if text not in known)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
-            return _parser().parse_args(known), later, ""
+            return _parser().parse_args(known), ""
         except SystemExit:
-            return None, later, said.getvalue().strip().splitlines()[-1]
+            return None, said.getvalue().strip().splitlines()[-1]
 
 
 # The rules. Each takes a pod template and all documents, and yields what is wrong.
@@ -237,15 +237,15 @@ def server_takes_its_arguments(pod: Any, documents: Any) -> Faults:
     """The real parser reads them, the backbone is one for production, the store is shared."""
     if (arguments := arguments_of(pod, documents)) is None:
         return
-    read, later, said = parsed(arguments)
+    read, said = parsed(arguments)
     if read is None:
         yield said
         return
-    follows = later.get("--role", getattr(read, "role", "all")) == "predictor"
-    if not follows and getattr(read, "backbone", "bundled") in PLACEHOLDERS:
+    given = dict(text.split("=", 1) for text in arguments)
+    role = given.get("--role", "all")
+    if role != "predictor" and given.get("--backbone", "") in PLACEHOLDERS:
         yield "has no backbone for production"
-    shared = later.get("--shared", getattr(read, "shared", None))
-    if (follows or shared is not None) and not shared:
+    if (role != "all" or "--shared" in given) and not given.get("--shared"):
         yield "does not say where versions are published"
 
 
@@ -253,11 +253,11 @@ def grace_is_long_enough(pod: Any, documents: Any) -> Faults:
     """A pod is not killed while calls drain."""
     if (arguments := arguments_of(pod, documents)) is None:
         return
-    read, later, _ = parsed(arguments)
+    read, _ = parsed(arguments)
     if read is None:
         return
     sleep = _container(pod)["lifecycle"]["preStop"]["sleep"]["seconds"]
-    worker = 0 if later.get("--role") == "predictor" else 5
+    worker = 0 if "--role=predictor" in arguments else STOP_SECONDS
     needed = sleep + worker + read.drain_seconds + DRAIN_MARGIN
     if pod["spec"]["terminationGracePeriodSeconds"] < needed:
         yield f"has less grace than the {needed:g} s that it may take to end"
@@ -338,7 +338,7 @@ def unset_faults() -> list[str]:
         learners = [p for owner, p in pods(documents) if owner == "StatefulSet/inflora-learner"]
         for learner in learners:
             arguments = arguments_of(learner, documents) or []
-            read, _, said = parsed(arguments)
+            read, said = parsed(arguments)
             if read is not None or "--backbone" not in said:
                 found.append(f"{overlay}: starts without a backbone having been chosen")
         if not learners:
