@@ -188,6 +188,10 @@ check: check-style check-types check-imports check-stubs check-proto check-lock 
 check-deploy: $(READY) $(DEPLOY_READY) ## manifests render and validate, the Dockerfile lints
 	$(BIN)/python -m tests.deploy --parts manifests
 
+.PHONY: check-image
+check-image: $(READY) ## the Dockerfile builds, and answers; needs root, buildah and debootstrap
+	$(BIN)/python -m tests.deploy --parts image
+
 .PHONY: check-style
 check-style: $(READY) ## ruff: lint and format
 	$(BIN)/ruff check

@@ -20,7 +20,7 @@ _MIN_BACKOFF = 0.01  # a pause that rounds to 0 ms makes gRPC wait for the deadl
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long to go on while the server is UNAVAILABLE.
+    """How long to go on while the server is UNAVAILABLE, or drops calls because it stops.
 
     Unary calls are retried by gRPC itself, through the channel's service config. A broken
     ``watch`` or ``download`` goes on where it was, and so does ``learn`` where it can; ``evaluate``
@@ -92,6 +92,11 @@ PROMOTE_VERSION = Rpc(_MODEL, "PromoteVersion")
 PIN_VERSION = Rpc(_MODEL, "PinVersion")
 UNPIN_VERSION = Rpc(_MODEL, "UnpinVersion")
 DOWNLOAD_ARTIFACT = Rpc(_MODEL, "DownloadArtifact")
+
+_RETRYABLE = ("UNAVAILABLE", "CANCELLED")
+"""What a server says that stops: UNAVAILABLE to calls that it refuses; and a call that has reached
+it and was not taken up yet when it stopped has its stream reset, which gRPC reads as CANCELLED. A
+call that its own client cancels is over, and not retried."""
 
 # The streams are not here: gRPC could only restart them from their beginning.
 _RETRIED_BY_GRPC = (
@@ -182,7 +187,7 @@ def _service_config(retry: RetryPolicy, balanced: bool) -> dict[str, Any]:
                     "initialBackoff": f"{retry.initial_backoff:.9f}s",
                     "maxBackoff": f"{retry.max_backoff:.9f}s",
                     "backoffMultiplier": retry.multiplier,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": _RETRYABLE,
                 },
             }
         ]

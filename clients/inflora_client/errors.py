@@ -182,11 +182,19 @@ def failure_of(status: status_pb2.Status) -> Failure:
     return Failure(code, status.message, reason, tuple(violations))
 
 
+def _is_reset(failure: Failure) -> bool:
+    """Whether a server that stopped dropped a call that had arrived, and nobody had taken up yet.
+
+    All that gRPC then has to say is the code. Of what is cancelled at this end it says more.
+    """
+    return failure.code == failure.message == "CANCELLED"
+
+
 def error_of(failure: Failure) -> StatusError:
     """The error of the class that fits the failure's code."""
     kind = _BY_CODE.get(failure.code, StatusError)
     # Every error of ours carries an ErrorInfo, so UNAVAILABLE without one is gRPC speaking.
-    if kind is UnavailableError and not failure.reason:
+    if not failure.reason and (kind is UnavailableError or _is_reset(failure)):
         kind = ConnectionFailedError
     return kind(failure)
 

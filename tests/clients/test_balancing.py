@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from inflora_client import Client
+from inflora_client import Client, TaskState
 from inflora_client._channel import is_balanced
-from tests.clients.peer import Peer
+from tests.clients.peer import Peer, status
 
 ENOUGH = 5_000
 """Calls after which every server that can be reached has had one."""
@@ -58,6 +58,27 @@ def test_no_call_fails_while_servers_go(connect: Callable[..., Client], peers: l
         gone.stop()
         for _ in range(20):
             assert client.version().current
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "CANCELLED"])
+def test_what_a_server_that_stops_says_is_asked_again(
+    connect: Callable[..., Client], peers: list[Peer], code: str
+) -> None:
+    """CANCELLED is what becomes of calls that had arrived, and not been taken up yet."""
+    peers[0].failures["GetVersion"].append(status(code))
+    assert connect(peers[0].address).version().current
+    assert asked(peers) == [2, 0, 0]
+
+
+def test_a_stream_that_a_stopping_server_drops_goes_on(
+    connect: Callable[..., Client], peers: list[Peer]
+) -> None:
+    peer = peers[0]
+    dropped = status("CANCELLED", "CANCELLED")
+    dropped.ClearField("details")
+    peer.watches += [[dropped], [peer.add_task("t1", state="TASK_STATE_PUBLISHED")]]
+    assert connect(peer.address).wait("t1").state is TaskState.PUBLISHED
+    assert len(peer.calls["WatchTask"]) == 2
 
 
 @pytest.mark.parametrize(
