@@ -1,34 +1,49 @@
-"""``python -m tests.deploy --parts manifests``: what it takes to run this where it will live.
+"""What holds of a deployment, part by part; the last line is one JSON object.
 
-Each part is a function that returns figures; the last line is all of them, as one JSON object.
+    python -m tests.deploy --parts manifests
+
+Each part is a function that takes an empty folder, prints how it does, and returns its figures;
+under ``failed``, a list of what is not as it should be.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tests.deploy import image, manifests
 
-PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
-    "manifests": manifests.figures,
-    "image": image.figures,
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "manifests": manifests.measure,
+    "image": image.measure,
 }
 
 
-def main() -> int:
-    """Run parts; the status is 1 if anything is wrong with the manifests or the image."""
-    parser = argparse.ArgumentParser(prog="tests.deploy", description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+def main() -> None:
+    """Run all parts, or some."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("build/deploy"))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    options = parser.parse_args()
     figures: dict[str, Any] = {}
-    for part in parser.parse_args().parts:
-        figures |= PARTS[part]()
-    print(json.dumps(figures))
-    return 1 if figures.get("manifest_errors") or figures.get("image_errors") else 0
+    failed: list[str] = []
+    for part in options.parts:
+        print(f"== {part}", flush=True)
+        folder = options.out / part
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        found = PARTS[part](folder.resolve())
+        for fault in found.pop("failed", []):
+            print(f"{part}: {fault}", flush=True)
+            failed.append(f"{part}: {fault}")
+        figures |= found
+    print(json.dumps(figures | {"failed": failed}))
+    raise SystemExit(bool(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

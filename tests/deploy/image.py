@@ -6,7 +6,7 @@ buildah then builds `predictor` from the Dockerfile as it is, and its entrypoint
 image, as the image's user, until it answers for its health.
 
 Needs root, and Debian's `buildah` and `debootstrap`; where they are not installed the part says so
-and does nothing. Files lie under `build/deploy`, and stay there for the next time.
+and does nothing. Files lie under `build/image`, and stay there for the next time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build" / "deploy"
+BUILD = ROOT / "build" / "image"
 BASE = "localhost/python-local"
 RELEASE = "bookworm"
 USER = 10001
@@ -34,16 +34,20 @@ WAIT = 120.0
 """Seconds that a server may take until it answers."""
 
 
-def figures() -> dict[str, Any]:
-    """Build, run and ask; return what came of it."""
+def measure(folder: Path) -> dict[str, Any]:
+    """Build, run and ask; return what came of it.
+
+    Args:
+        folder: Empty; the store that the image is tried with is put there.
+    """
     missing = [tool for tool in ("buildah", "debootstrap") if not shutil.which(tool)]
     if missing or os.getuid() != 0:
         reason = f"needs root, and of Debian: {' '.join(missing)}"
         print(f"image: not built: {reason}")
-        return {"image_built": 0, "image_errors": 0, "image_not_built": reason}
+        return {"image_built": 0, "image_not_built": reason}
     began = time.monotonic()
     BUILD.mkdir(parents=True, exist_ok=True)
-    errors: list[str] = []
+    failed: list[str] = []
     size = ""
     try:
         _make_base()
@@ -55,16 +59,14 @@ def figures() -> dict[str, Any]:
         )
         (image,) = json.loads(_buildah("images", "--json", f"localhost/inflora-{TARGET}"))
         size = image["size"]
-        errors += _faults()
+        failed += _faults(folder / "store")
     except subprocess.CalledProcessError as error:
-        errors.append(f"{' '.join(map(str, error.cmd))}: {(error.stderr or '')[-3000:]}")
-    for error in errors:
-        print(f"image: {error}")
+        failed.append(f"{' '.join(map(str, error.cmd))}: {(error.stderr or '')[-3000:]}")
     return {
-        "image_built": int(not errors),
-        "image_errors": len(errors),
+        "image_built": int(not failed),
         "image_size": size,
         "image_seconds": round(time.monotonic() - began, 1),
+        "failed": failed,
     }
 
 
@@ -118,14 +120,12 @@ def _make_base() -> None:
         _buildah("commit", "--rm", container, BASE)
 
 
-def _faults() -> list[str]:
-    """Run the image's entrypoint, and ask it."""
+def _faults(store: Path) -> list[str]:
+    """Run the image's entrypoint on a store, and ask it."""
     container = _buildah("from", f"localhost/inflora-{TARGET}")
     try:
-        with tempfile.TemporaryDirectory() as name:
-            store = Path(name) / "store"
-            _make_store(store)
-            return _run_and_ask(container, store)
+        _make_store(store)
+        return _run_and_ask(container, store)
     finally:
         _buildah("rm", container)
 
@@ -151,7 +151,6 @@ def _make_store(store: Path) -> None:
     )
     for path in [store, *store.rglob("*")]:
         os.chown(path, USER, USER)
-    store.parent.chmod(0o755)
 
 
 def _run(container: str, store: Path, *command: str) -> list[str]:

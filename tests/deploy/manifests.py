@@ -17,7 +17,6 @@ import io
 import json
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,33 +94,33 @@ VARIANTS = (
 )
 
 
-def figures() -> dict[str, Any]:
-    """Check everything; print what is wrong, and return how much of what there is."""
-    errors: list[str] = []
-    manifests = 0
-    skipped: set[str] = set()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for variant in VARIANTS:
-            documents = render(variant, folder)
-            manifests += len(documents)
-            errors += [f"{variant}: {error}" for error in faults(documents)]
-        rendered = sorted((folder / "rendered").glob("*.yaml"))
-        for release in KUBERNETES:
-            errors += schema_faults(rendered, release)
-        errors += custom_resource_faults(rendered)
-        found, skipped = checkov_faults(rendered)
-        errors += found
-    errors += unset_faults()
-    errors += lint_faults()
-    for error in errors:
-        print(error)
+def measure(folder: Path) -> dict[str, Any]:
+    """Check everything; return how much of what there is, and what is wrong.
+
+    Args:
+        folder: Empty; what is rendered stays there.
+    """
+    failed: list[str] = []
+    count = 0
+    for variant in VARIANTS:
+        documents = render(variant, folder)
+        count += len(documents)
+        failed += [f"{variant}: {fault}" for fault in faults(documents)]
+    rendered = sorted((folder / "rendered").glob("*.yaml"))
+    for release in KUBERNETES:
+        failed += schema_faults(rendered, release)
+    failed += custom_resource_faults(rendered)
+    found, skipped = checkov_faults(rendered)
+    failed += found
+    failed += unset_faults()
+    failed += lint_faults()
     return {
-        "manifests": manifests,
-        "manifest_errors": len(errors),
+        "manifests": count,
+        "manifest_errors": len(failed),
         "manifest_variants": len(VARIANTS),
         "kubernetes": list(KUBERNETES),
         "checkov_skipped": sorted(skipped),
+        "failed": failed,
     }
 
 

@@ -66,6 +66,19 @@ def test_what_is_merged_is_no_longer_excused() -> None:
     assert options_known() & NOT_MERGED == set()
 
 
+def test_the_autoscalers_ask_for_a_metric_that_there_is() -> None:
+    """Dashboards and alerts are held against what a server exports; so it is enough to be there."""
+    observed = DEPLOY / "observability"
+    if not observed.exists():
+        pytest.skip("the metrics come from another branch")
+    scaling = [DEPLOY / "overlays/scale-out/autoscaling.yaml", DEPLOY / "components/keda"]
+    files = [file for path in scaling for file in ([path] if path.is_file() else path.iterdir())]
+    asked = {name for file in files for name in re.findall(r"inflora_\w+", file.read_text())}
+    assert asked == {"inflora_predict_waiting_images"}
+    there = "".join(path.read_text() for path in observed.iterdir())
+    assert all(name in there for name in asked)
+
+
 def pins(lock: Path) -> dict[str, str]:
     """Return name and version of all that a lock holds."""
     found = re.findall(r"^([a-zA-Z0-9._-]+)==([^ ;\\]+)", lock.read_text(), re.MULTILINE)
