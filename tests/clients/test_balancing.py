@@ -81,6 +81,10 @@ def test_a_stream_that_a_stopping_server_drops_goes_on(
     assert len(peer.calls["WatchTask"]) == 2
 
 
+def test_a_name_is_looked_up(connect: Callable[..., Client], peers: list[Peer]) -> None:
+    assert connect(f"dns:///{peers[0].address}").version().current
+
+
 @pytest.mark.parametrize(
     ("target", "balanced"),
     [

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.deploy import image, manifests
+from tests.deploy import image, manifests, nodes
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "manifests": manifests.measure,
     "image": image.measure,
+    "nodes": nodes.measure,
 }
 
 
