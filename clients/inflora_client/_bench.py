@@ -341,7 +341,7 @@ class PredictCalls:
         self._batch = batch
 
     async def __aenter__(self) -> Call:
-        options = channel_options(RetryPolicy(max_attempts=1))
+        options = channel_options(RetryPolicy(max_attempts=1), self._target)
         self._channel: grpc.aio.Channel = self._access.open(grpc.aio, self._target, options)
         self._predict = Stubs(self._channel, self._access.metadata())[PREDICT]
         return self._call

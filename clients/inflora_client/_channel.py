@@ -15,12 +15,13 @@ from inflora_client._access import Metadata
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _MAX_SERVICE_CONFIG_ATTEMPTS = 5  # gRPC treats any higher number as 5
+_LISTS_OF_SERVERS = ("dns:", "ipv4:", "ipv6:")
 _MIN_BACKOFF = 0.01  # a pause that rounds to 0 ms makes gRPC wait for the deadline, not retry
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long to go on while the server is UNAVAILABLE.
+    """How long to go on while the server is UNAVAILABLE, or drops calls because it stops.
 
     Unary calls are retried by gRPC itself, through the channel's service config. A broken
     ``watch`` or ``download`` goes on where it was, and so does ``learn`` where it can; ``evaluate``
@@ -93,6 +94,11 @@ PIN_VERSION = Rpc(_MODEL, "PinVersion")
 UNPIN_VERSION = Rpc(_MODEL, "UnpinVersion")
 DOWNLOAD_ARTIFACT = Rpc(_MODEL, "DownloadArtifact")
 
+_RETRYABLE = ("UNAVAILABLE", "CANCELLED")
+"""What a server says that stops: UNAVAILABLE to calls that it refuses; and a call that has reached
+it and was not taken up yet when it stopped has its stream reset, which gRPC reads as CANCELLED
+(grpc/grpc#41785). A call that its own client cancels is over, and not retried."""
+
 # The streams are not here: gRPC could only restart them from their beginning.
 _RETRIED_BY_GRPC = (
     QUERY_UPLOAD,
@@ -158,8 +164,13 @@ class Method:
         return options | {"metadata": self._metadata()} if self._metadata else options
 
 
-def channel_options(retry: RetryPolicy) -> list[tuple[str, Any]]:
-    """Return the channel arguments."""
+def channel_options(retry: RetryPolicy, target: str) -> list[tuple[str, Any]]:
+    """Return the channel arguments.
+
+    Args:
+        retry: How long to go on while the server is UNAVAILABLE.
+        target: What the channel is opened to; see ``is_balanced``.
+    """
     options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -168,35 +179,47 @@ def channel_options(retry: RetryPolicy) -> list[tuple[str, Any]]:
         # By default a failed connection is left alone for a second, so most retries would be lost.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # By default a name is looked up at most every 30 s, longer than all attempts take: when
+        # servers are replaced, those that came meanwhile would not be found in time.
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         # A watch may be silent for long. Servers at their defaults hang up on those who ping more
         # often than every 300 s, and common load balancers on those silent for 350 s.
         ("grpc.keepalive_time_ms", 320_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.max_pings_without_data", 0),
     ]
-    if retry.max_attempts > 1:
-        options.append(("grpc.service_config", _service_config(retry)))
+    if config := _service_config(retry, is_balanced(target)):
+        options.append(("grpc.service_config", json.dumps(config)))
     return options
 
 
-def _service_config(retry: RetryPolicy) -> str:
-    return json.dumps(
-        {
-            "methodConfig": [
-                {
-                    "name": [
-                        {"service": rpc.service, "method": rpc.method} for rpc in _RETRIED_BY_GRPC
-                    ],
-                    "retryPolicy": {
-                        "maxAttempts": retry.max_attempts,
-                        "initialBackoff": f"{retry.initial_backoff:.9f}s",
-                        "maxBackoff": f"{retry.max_backoff:.9f}s",
-                        "backoffMultiplier": retry.multiplier,
-                        # CANCELLED is what a server that stops tells calls that it has received
-                        # and not begun with (grpc/grpc#41785). None of ours makes two of one.
-                        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-                    },
-                }
-            ]
-        }
-    )
+def is_balanced(target: str) -> bool:
+    """Whether calls take turns between all addresses of a target.
+
+    They do where it names its resolver: ``dns:///predictors:50051``, which is how a headless
+    service of Kubernetes is to be asked, ``ipv4:10.0.0.1:50051,10.0.0.2:50051``. A plain
+    ``host:port`` is one server, however many addresses its name has.
+    """
+    return target.startswith(_LISTS_OF_SERVERS)
+
+
+def _service_config(retry: RetryPolicy, balanced: bool) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    if balanced:
+        config["loadBalancingConfig"] = [{"round_robin": {}}]
+    if retry.max_attempts > 1:
+        config["methodConfig"] = [
+            {
+                "name": [
+                    {"service": rpc.service, "method": rpc.method} for rpc in _RETRIED_BY_GRPC
+                ],
+                "retryPolicy": {
+                    "maxAttempts": retry.max_attempts,
+                    "initialBackoff": f"{retry.initial_backoff:.9f}s",
+                    "maxBackoff": f"{retry.max_backoff:.9f}s",
+                    "backoffMultiplier": retry.multiplier,
+                    "retryableStatusCodes": _RETRYABLE,
+                },
+            }
+        ]
+    return config

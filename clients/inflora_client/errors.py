@@ -183,11 +183,6 @@ _BY_CODE: dict[str, type[StatusError]] = {
 }
 
 
-_DROPPED = Failure("CANCELLED", "CANCELLED")
-"""Of a call that a server had received, and not begun with, when it stopped (grpc/grpc#41785). What
-a caller cancels says so in other words."""
-
-
 def failure_of(status: status_pb2.Status) -> Failure:
     """Read a ``google.rpc.Status`` with its ``ErrorInfo``, ``BadRequest`` and ``RetryInfo``."""
     reason, retry_seconds = "", None
@@ -207,11 +202,19 @@ def failure_of(status: status_pb2.Status) -> Failure:
     return Failure(code, status.message, reason, tuple(violations), retry_seconds)
 
 
+def _is_reset(failure: Failure) -> bool:
+    """Whether a server that stopped dropped a call that had arrived, and nobody had taken up yet.
+
+    All that gRPC then has to say is the code. Of what is cancelled at this end it says more.
+    """
+    return failure.code == failure.message == "CANCELLED"
+
+
 def error_of(failure: Failure) -> StatusError:
     """The error of the class that fits the failure's code."""
     kind = _BY_CODE.get(failure.code, StatusError)
     # Every error of ours carries an ErrorInfo, so UNAVAILABLE without one is gRPC speaking.
-    if (kind is UnavailableError and not failure.reason) or failure == _DROPPED:
+    if not failure.reason and (kind is UnavailableError or _is_reset(failure)):
         kind = ConnectionFailedError
     return kind(failure)
 

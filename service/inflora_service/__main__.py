@@ -54,6 +54,8 @@ _SECURITY_FILES = {
     "tokens": "who may do what: principals with roles, hashes of tokens, names in certificates",
 }
 """Fields of ``SecuritySettings`` that are files, read anew when they change."""
+_LONGEST = 1_000_000.0
+"""Seconds of a setting that gRPC takes in milliseconds, as a number of 32 bits."""
 
 OFF = "off"
 """Instead of a limit: the check is left out."""
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add(group, "--store", defaults.store, "folder of the store, made if there is none", type=Path)
     group.add_argument(
         "--backbone",
+        type=_named,
         help=f"what a new store is made with: {backbone_source.DEFAULT} (as without this option), "
         "a timm or hf-hub: name, or a safetensors file",
     )
@@ -94,6 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("network")
     add(group, "--host", defaults.host, "address to listen on")
     add(group, "--port", defaults.port, "port to listen on; 0: any free one", type=int)
+    group.add_argument(
+        "--health-port",
+        type=_count,
+        help="port on which health alone is answered, in the clear, for probes that speak no TLS; "
+        "0: any free one",
+    )
+    add(
+        group,
+        "--max-connection-age-seconds",
+        defaults.max_connection_age_seconds,
+        "after this long a client is asked to connect again, so that it finds servers that came "
+        "meanwhile; calls that run go on; 0: never",
+        type=_age,
+        metavar="SECONDS",
+    )
     group.add_argument(
         "--ready-file",
         type=Path,
@@ -126,13 +144,12 @@ def _parser() -> argparse.ArgumentParser:
         "what it does; a predictor follows a shared store, and its own is a copy of that",
         choices=("all", "learner", "predictor"),
     )
-    add(
-        group,
+    group.add_argument(
         "--shared",
-        defaults.shared,
-        "where a learner publishes and predictors look: s3://bucket/prefix, gs://..., az://... or "
-        "file:///folder",
+        type=_url,
         metavar="URL",
+        help="where a learner publishes and predictors look: s3://bucket/prefix, gs://..., az://... "
+        "or file:///folder",
     )
     group.add_argument(
         "--take-over",
@@ -311,11 +328,34 @@ def _http_port(text: str) -> int | str:
     return number
 
 
+def _age(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= _LONGEST:  # NaN is not, either
+        raise ValueError
+    return number
+
+
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < math.inf:
         raise ValueError
     return seconds
+
+
+def _url(text: str) -> str:
+    """Refuse a URL that was left empty: a learner would publish nowhere."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: name a shared store (s3://bucket/prefix, ...)")
+    return text
+
+
+def _named(text: str) -> str:
+    """Refuse a name that was left empty: it would be taken for none, which is the bundled one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "is empty: name a backbone (a timm or hf-hub: name, or a safetensors file)"
+        )
+    return text
 
 
 def _learn_config(arguments: argparse.Namespace) -> LearnConfig:
@@ -367,6 +407,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         http_host=arguments.http_host,
         http_port=arguments.http_port,
         log_format=arguments.log_format,
+        health_port=getattr(arguments, "health_port", None),
+        max_connection_age_seconds=arguments.max_connection_age_seconds,
         learn=_learn_config(arguments),
         gate=_gate(arguments),
         canary_images=arguments.canary_images,
@@ -386,7 +428,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         limits=_limits(arguments),
         drain_seconds=arguments.drain_seconds,
         role=arguments.role,
-        shared=arguments.shared,
+        shared=getattr(arguments, "shared", ""),
         take_over=arguments.take_over,
         poll_seconds=arguments.poll_seconds,
         cache_bytes=arguments.cache_bytes,

@@ -59,6 +59,7 @@ from inflora_service.evaluating import Evaluator
 from inflora_service.evaluator_servicer import EvaluatorServicer
 from inflora_service.examples import Examples, KeepExamples
 from inflora_service.following import Follower, FollowingHost
+from inflora_service.health_port import health_server
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
 from inflora_service.model_servicer import Changes, ModelServicer
@@ -124,6 +125,10 @@ class Settings:
         http_port: Port for that; 0 takes any free one. ``auto`` takes ``HTTP_PORT``, and goes on
             without where it is taken; ``off`` answers none.
         log_format: Of the learning worker's log; the server's own is set up by who starts it.
+        health_port: Port on which health alone is answered, in the clear; None for no such port, 0
+            for any free one.
+        max_connection_age_seconds: After this long, about, a connection takes no new calls, and its
+            client connects again; calls that run go on. 0: never.
         learn: Settings of tasks that ask for none.
         limits: What is refused.
         gate: What versions are held back for.
@@ -162,6 +167,8 @@ class Settings:
     http_host: str = "127.0.0.1"
     http_port: int | Literal["auto", "off"] = "auto"
     log_format: Format = "text"
+    health_port: int | None = None
+    max_connection_age_seconds: float = 0.0
     learn: LearnConfig = field(default_factory=LearnConfig)
     limits: Limits = field(default_factory=Limits)
     gate: Gate = field(default_factory=Gate)
@@ -203,6 +210,7 @@ class Server:
     Attributes:
         address: Where it listens, ``host:port``. Set by ``start``.
         http_address: Where it answers HTTP; "" if it does not. Set by ``start``.
+        health_address: Where health alone is answered, None if nowhere. Set by ``start``.
         host: Its loaded versions. Set by ``start``.
         tasks: Its queue; a predictor has none. Set by ``start``.
         publisher: Publishes to the shared store, if there is one.
@@ -211,6 +219,7 @@ class Server:
 
     address: str
     http_address: str
+    health_address: str | None
     host: Host
     tasks: TaskQueue
     publisher: Publisher | None = None
@@ -240,6 +249,7 @@ class Server:
         async with AsyncExitStack() as undo:
             # First of all: what may not be started so must not leave a store behind.
             await self._secure(undo)
+            await self._answer_probes(undo)
             if self._settings.role == "predictor":
                 await self._start_following(undo)
             else:
@@ -329,8 +339,7 @@ class Server:
         else:
             await asyncio.to_thread(self._check_backbone, store, audit.history)
         await audit.begin()
-        for service in (SERVER, MODEL, LEARNER):
-            self._set_health(service, True)
+        self._set_health(LEARNER, True)
         self._set_answering(False)
         await host.start()
         await tasks.start()
@@ -340,6 +349,8 @@ class Server:
         if publisher:
             publisher.start()
             undo.push_async_callback(publisher.stop)
+        for service in (SERVER, MODEL):  # not before: the health port is there from the beginning
+            self._set_health(service, True)
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
         undo.push_async_callback(self._health.enter_graceful_shutdown)
@@ -384,13 +395,13 @@ class Server:
         )
         metrics.watch(self._registry, sources, recorder)
         undo.push_async_callback(server.stop, settings.drain_seconds)
-        for service in (SERVER, MODEL):
-            self._set_health(service, True)
         self._set_answering(False)
         await follower.start()
         undo.push_async_callback(follower.stop)
         self._register(server, replica, host, evaluator, None)
         await server.start()
+        for service in (SERVER, MODEL):  # not before: as above
+            self._set_health(service, True)
         undo.push_async_callback(self._health.enter_graceful_shutdown)
         undo.callback(self._states.clear)
         self.address = address
@@ -446,6 +457,15 @@ class Server:
     ) -> tuple[grpc.aio.Server, str]:
         settings = self._settings
         _check_address(settings.host, settings.port)
+        options: list[tuple[str, object]] = [
+            # Two servers on one port would share its connections at random.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", receive_bytes(settings.limits)),
+        ]
+        if age := settings.max_connection_age_seconds:
+            # No grace is set, so there is no end to it: a stream that outlives the connection's age
+            # goes on, and only what its client calls next takes another connection.
+            options.append(("grpc.max_connection_age_ms", max(1, round(age * 1000))))
         server = grpc.aio.server(
             # The first goes around all others.
             interceptors=[
@@ -454,11 +474,7 @@ class Server:
                 ErrorInterceptor(),
                 AccessInterceptor(self._security.access),
             ],
-            options=[
-                # Two servers on one port would share its connections at random.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", receive_bytes(settings.limits)),
-            ],
+            options=options,
         )
         certificates = self._security.certificates
         credentials = certificates.credentials() if certificates else None
@@ -499,6 +515,20 @@ class Server:
         if not serving:
             return HTTPStatus.SERVICE_UNAVAILABLE, "NOT_SERVING\n"
         return HTTPStatus.OK, "SERVING\n"
+
+    async def _answer_probes(self, undo: AsyncExitStack) -> None:
+        """Tell of health on a port of its own, if there is one, until all else has ended."""
+        settings = self._settings
+        self.health_address = None
+        if settings.health_port is None:
+            return
+        await self._health.set(SERVER, health_pb2.HealthCheckResponse.NOT_SERVING)  # not yet
+        _check_address(settings.host, settings.health_port)
+        server = health_server(self._health)
+        self.health_address = _listen(server, settings.host, settings.health_port, "health-port")
+        undo.push_async_callback(server.stop, None)
+        await server.start()
+        log.info("health alone is on %s, in the clear", self.health_address)
 
     def _worker_command(self) -> tuple[str, ...]:
         settings = self._settings

@@ -15,14 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.deploy import metrics, scale, security
+from tests.deploy import image, manifests, metrics, nodes, scale, security
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "security": security.measure,
+    "metrics": metrics.measure,
+    "manifests": manifests.measure,
     "scale": scale.scale,
     "rolling": scale.rolling,
     "cold": scale.cold,
-    "metrics": metrics.measure,
+    "image": image.measure,
+    "nodes": nodes.measure,
 }
 
 

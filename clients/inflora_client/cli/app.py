@@ -63,7 +63,10 @@ def options(
     server: Annotated[
         str,
         typer.Option(
-            "--server", envvar="INFLORA_SERVER", metavar="HOST:PORT", help="Address of the server."
+            "--server",
+            envvar="INFLORA_SERVER",
+            metavar="HOST:PORT",
+            help="Address of the server; dns:///HOST:PORT takes turns between all that it names.",
         ),
     ] = DEFAULT_TARGET,
     as_json: Annotated[
