@@ -148,8 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shared",
         type=_url,
         metavar="URL",
-        help="where a learner publishes and predictors look: s3://bucket/prefix, gs://..., az://... "
-        "or file:///folder",
+        help="where a learner publishes and predictors look: s3://bucket/prefix, gs://..., "
+        "az://... or file:///folder",
     )
     group.add_argument(
         "--take-over",
