@@ -74,6 +74,9 @@ class Access:
             OSError: a file cannot be read.
         """
         credentials = self._channel_credentials(target)
+        if self.credentials is None and not self.encrypted and is_loopback(target):
+            # What is for this machine stays on it: gRPC would use a proxy of the environment.
+            options = [*options, ("grpc.enable_http_proxy", 0)]
         if credentials is None:
             return grpc_or_aio.insecure_channel(target, options=options)
         return grpc_or_aio.secure_channel(target, credentials, options=options)
@@ -107,8 +110,11 @@ class Access:
         kind = grpc.LocalConnectionType
         # gRPC looks at the connection, too: a name can lead anywhere.
         return grpc.local_channel_credentials(
-            kind.UDS if target.startswith("unix") else kind.LOCAL_TCP
+            kind.UDS if target.partition(":")[0] in _OF_THIS_MACHINE else kind.LOCAL_TCP
         )
+
+
+_OF_THIS_MACHINE = ("unix", "unix-abstract")
 
 
 class _TokenFile:
@@ -121,19 +127,24 @@ class _TokenFile:
         self()  # what is wrong with it is said now
 
     def __call__(self) -> Metadata:
-        stat = os.stat(self._path)
-        seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if seen != self._seen:
-            token = self._path.read_text("utf-8", "replace").strip()
-            _check_token(token, f"the token in {self._path}")
-            self._metadata, self._seen = _bearer(token), seen
+        try:
+            stat = os.stat(self._path)
+            seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if seen != self._seen:
+                token = self._path.read_text("utf-8", "replace").strip()
+                _check_token(token, f"the token in {self._path}")
+                self._metadata, self._seen = _bearer(token), seen
+        except (OSError, ValueError):
+            if not self._metadata:
+                raise
+            # It is just being replaced: the old one, until there is another.
         return self._metadata
 
 
 def is_loopback(target: str) -> bool:
     """Whether all addresses of a gRPC target are of this machine, as far as their names say."""
     scheme, separator, rest = target.partition(":")
-    if scheme.startswith("unix"):
+    if separator and scheme in _OF_THIS_MACHINE:
         return True
     if separator and scheme in _RESOLVERS:
         target = rest.rpartition("/")[2] if rest.startswith("//") else rest

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import grpc
 
 from inflora_core.errors import (
     InfloraError,
+    InvalidInputError,
     LimitExceededError,
     PermissionDeniedError,
     UnauthenticatedError,
@@ -81,6 +83,11 @@ RULES: dict[str, Role | None] = {
 
 _HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 MOST_HEALTH_WATCHES = 100
+_MOST_HEALTH_CHECKS = 16
+_MOST_OPEN_TO_ALL = {_HEALTH_WATCH: MOST_HEALTH_WATCHES}
+"""Calls at a time that nobody is asked who they are; ``_MOST_HEALTH_CHECKS`` of others."""
+
+_KINDS = ("unary", "stream")
 """Anybody may have one, and they last."""
 
 _PREDICT_STREAM = "/inflora.v1.PredictorService/PredictStream"
@@ -178,7 +185,13 @@ class Access:
         self._max_calls = max_calls
         self._accounts = Accounts()
         self._running = 0
+        self._open_to_all = Counter[str]()
         self._refusals = _Seldom()
+
+    @property
+    def asks_certificates(self) -> bool:
+        """Whether certificates say who calls, which are known only once a call is handled."""
+        return self._certificates and self._principals is not None
 
     def queued_tasks(self, who: str) -> int | None:
         """Return how many tasks a caller may have in the queue, None for any number."""
@@ -221,6 +234,21 @@ class Access:
         call.counted = True
         return call
 
+    def admit_anybody(self, method: str) -> None:
+        """Let in a call that anybody may make, until ``end_anybody``, before its message is read.
+
+        Raises:
+            LimitExceededError: too many of these are open.
+        """
+        most = _MOST_OPEN_TO_ALL.get(method, _MOST_HEALTH_CHECKS)
+        if self._open_to_all[method] >= most:
+            raise LimitExceededError(f"{most} of these are open already", retry_seconds=1.0)
+        self._open_to_all[method] += 1
+
+    def end_anybody(self, method: str) -> None:
+        """Count such a call as open no more."""
+        self._open_to_all[method] -= 1
+
     def look_at_certificate(self, call: Call, context: Context) -> None:
         """Let a call in by its certificate, if that has to say who calls.
 
@@ -246,8 +274,9 @@ class Access:
             UnauthenticatedError, PermissionDeniedError: they may not any more.
         """
         if self._principals is not None and call.known is not self._principals.value:
-            call.known = self._principals.value
-            call.principal = self._identify(call)
+            known = self._principals.value
+            call.principal = self._identify(call, known)  # or raises, again at every message
+            call.known = known
 
     def refused(self, method: str, error: InfloraError) -> None:
         """Log that a call was refused; not each where there are many."""
@@ -255,20 +284,20 @@ class Access:
             self._refusals.warn(f"refused {method}: {error.message}")
 
     def _enter(self, call: Call) -> None:
-        call.principal = self._identify(call)
+        assert call.known is not None, "somebody has to be known"
+        call.principal = self._identify(call, call.known)
         call.account = self._accounts.of(call.principal)
         call.account.call()
         call.account.begin()
         call.charged = True
 
-    def _identify(self, call: Call) -> Principal:
-        assert call.known is not None, "somebody has to be known"
+    def _identify(self, call: Call, known: Principals) -> Principal:
         if call.digest is not None:
-            found = call.known.by_digest(call.digest)
+            found = known.by_digest(call.digest)
             if found is None:
                 raise UnauthenticatedError("nobody has this token", field="authorization")
         else:
-            found = call.known.by_certificate(call.certificate)
+            found = known.by_certificate(call.certificate)
             if found is None:
                 names = ", ".join(map(ascii, sorted(call.certificate))) or "no names"
                 raise UnauthenticatedError(
@@ -312,6 +341,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 call = self._access.admit(method, role, metadata)
                 _CALL.set(call)
                 _at_the_end(lambda: self._access.end(call))
+            else:
+                self._access.admit_anybody(method)
+                _at_the_end(lambda: self._access.end_anybody(method))
         except InfloraError as error:
             self._access.refused(method, error)
             raise
@@ -321,26 +353,32 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     def _counting(self, method: str, handler: Any) -> Handler:
         if RULES[method] is None:
-            return _few(handler, MOST_HEALTH_WATCHES) if method == _HEALTH_WATCH else handler
-        kind = "_".join(
-            "stream" if streams else "unary"
-            for streams in (handler.request_streaming, handler.response_streaming)
-        )
+            uncounted: Handler = handler
+            return uncounted
+        streams = [handler.request_streaming, handler.response_streaming]
+        receive: Callable[[Call, Any], Awaitable[Any]]
+        behaviour = getattr(handler, f"{_KINDS[streams[0]]}_{_KINDS[streams[1]]}")
+        if handler.request_streaming:
+            receive = self._requests
+        elif self._access.asks_certificates:
+            # gRPC reads the one request before it calls a handler, which is the first to see a
+            # certificate: anybody who has one could have any number of large ones be read.
+            streams[0], receive = True, self._only_request
+        else:
+            receive = self._request
         wrap = self._stream if handler.response_streaming else self._unary
-        behaviour = getattr(handler, kind)
+        kind = f"{_KINDS[streams[0]]}_{_KINDS[streams[1]]}"
         counted: Handler = getattr(grpc, f"{kind}_rpc_method_handler")(
-            wrap(behaviour, self._requests if handler.request_streaming else self._request),
-            handler.request_deserializer,
-            handler.response_serializer,
+            wrap(behaviour, receive), handler.request_deserializer, handler.response_serializer
         )
         return counted
 
     def _unary(
-        self, behaviour: Callable[..., Any], receive: Callable[[Call, Any], Any]
+        self, behaviour: Callable[..., Any], receive: Callable[[Call, Any], Awaitable[Any]]
     ) -> Callable[[Any, Context], Awaitable[Any]]:
         async def answer(request: Any, context: Context) -> Any:
             with self._begun(context) as call:
-                response = await behaviour(receive(call, request), context)
+                response = await behaviour(await receive(call, request), context)
                 if call.account is not None:
                     call.account.charge(response.ByteSize())
             return response
@@ -348,13 +386,12 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         return answer
 
     def _stream(
-        self, behaviour: Callable[..., Any], receive: Callable[[Call, Any], Any]
+        self, behaviour: Callable[..., Any], receive: Callable[[Call, Any], Awaitable[Any]]
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
         async def answers(request: Any, context: Context) -> AsyncIterator[Any]:
             with self._begun(context) as call:
-                async with contextlib.aclosing(
-                    behaviour(receive(call, request), context)
-                ) as responses:
+                received = await receive(call, request)
+                async with contextlib.aclosing(behaviour(received, context)) as responses:
                     async for response in responses:
                         self._access.still(call)
                         if call.account is not None:
@@ -378,12 +415,17 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             # Before the caller is told of the end, who may be at their limit and call again.
             self._access.end(call)
 
-    def _request(self, call: Call, request: Any) -> Any:
+    async def _only_request(self, call: Call, requests: AsyncIterator[Any]) -> Any:
+        async for request in requests:
+            return await self._request(call, request)
+        raise InvalidInputError("the call has no message")
+
+    async def _request(self, call: Call, request: Any) -> Any:
         if call.account is not None:
             call.account.take(request.ByteSize())
         return request
 
-    def _requests(self, call: Call, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _requests(self, call: Call, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         return _Requests(self._access, call, requests)
 
 
@@ -409,29 +451,6 @@ def _at_the_end(do: Callable[[], None]) -> None:
     task = asyncio.current_task()
     assert task is not None, "a call is a task"
     task.add_done_callback(lambda _: do())
-
-
-def _few(handler: Any, most: int) -> Handler:
-    """Return the handler of a stream of answers that is refused while so many are open."""
-    running = 0
-
-    async def answer(request: Any, context: Context) -> None:
-        nonlocal running
-        if running >= most:
-            await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{most} of these are open already"
-            )
-        running += 1
-        try:
-            await handler.unary_stream(request, context)
-        finally:
-            running -= 1
-
-    return grpc.unary_stream_rpc_method_handler(
-        answer,
-        handler.request_deserializer,
-        handler.response_serializer,
-    )
 
 
 def _digest(metadata: Any) -> bytes | None:

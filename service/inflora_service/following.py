@@ -107,7 +107,8 @@ class Follower:
         self._followed: Root | None = None
         # Its own: others wait in asyncio's for as long as the shared store is slow.
         self._pool = ThreadPoolExecutor(1, "follow")
-        self._fault = ""
+        self._fault = "nothing was looked at yet"
+        self._seen = 0
         self._since = time.monotonic()
         self._turn = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
@@ -128,13 +129,14 @@ class Follower:
 
     @property
     def version(self) -> int:
-        """Number of the version that was current there when it was last followed, 0 before."""
-        return (self._followed and self._followed.current) or 0
+        """Number of the version that was current there when it was last looked at, 0 before."""
+        return self._seen
 
     @property
     def lag_seconds(self) -> float:
-        """For how long it has not been known that what answers is what is current there."""
-        return time.monotonic() - self._since
+        """For how long what answers is not what is current there, or nobody knows."""
+        late = time.monotonic() - self._since
+        return late if self._fault or late > 2 * self._poll_seconds else 0.0
 
     async def look(self) -> None:
         """Look once, and follow; what goes wrong is logged, and tried again by the next call."""
@@ -146,8 +148,10 @@ class Follower:
         try:
             seen = await self._in_thread(self._replica.shared.root)
             if seen is None or seen.root.current is None:
+                self._since = began
                 self._tell("nothing is published yet")
                 return
+            self._seen = seen.root.current
             if seen.root != self._followed:
                 await unbroken(self._follow(seen.root, seen.root.current))
             await self._host.trim()

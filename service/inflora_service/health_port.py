@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+
+from inflora_service.health import CheckOnly, Health
 
 
-def health_server(health: health_aio.HealthServicer) -> grpc.aio.Server:
+def health_server(health: Health) -> grpc.aio.Server:
     """Return a server that answers for ``health`` alone; it has no port yet."""
     server = grpc.aio.server(
         options=[
@@ -21,5 +22,5 @@ def health_server(health: health_aio.HealthServicer) -> grpc.aio.Server:
         ],
         maximum_concurrent_rpcs=64,
     )
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    health_pb2_grpc.add_HealthServicer_to_server(CheckOnly(health), server)
     return server

@@ -506,7 +506,14 @@ class _Lineage:
         """Return the report of the last task it has learned, and all it has, oldest first."""
         with self._reading:
             if self._last is None or self._last[0] != version.number:
-                self._last = version.number, *self._read(version)
+                try:
+                    self._last = version.number, *self._read(version)
+                except (DamagedError, NotFoundError) as error:
+                    # Without what came before, positions would be other tasks'.
+                    log.warning(
+                        "what version %d has learned is not told: %s", version.number, error
+                    )
+                    return version.report, []
             return self._last[1:]
 
     def _read(self, version: Version) -> tuple[TaskReport | None, list[_Lesson]]:
@@ -515,11 +522,7 @@ class _Lineage:
         lessons += [here] if here else []
         while number is not None:
             if number not in self._known or report is None:
-                try:
-                    found = self._store.version(number)
-                except (DamagedError, NotFoundError) as error:
-                    log.warning("what came before version %d is not told: %s", number, error)
-                    break
+                found = self._store.version(number)
                 report = report or found.report
                 self._known[number] = found.parent, _lesson_of(found)
             number, lesson = self._known[number]

@@ -98,8 +98,10 @@ class Account:
             QuotaExceededError: too much came with other calls meanwhile.
         """
         if self._bytes:
-            self._refuse(self._bytes, "bytes_per_second")
-            self._bytes.take(size)
+            try:
+                self._refuse(self._bytes, "bytes_per_second")
+            finally:
+                self._bytes.take(size)  # it has come, refused or not
 
     def charge(self, size: int) -> None:
         """Count bytes that cannot be refused any more."""

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
@@ -54,11 +53,12 @@ from inflora_service.access import AccessInterceptor
 from inflora_service.auditing import AuditTrail
 from inflora_service.backbone_source import BackboneSource
 from inflora_service.codec import receive_bytes
-from inflora_service.errors import Context, ErrorInterceptor
+from inflora_service.errors import ErrorInterceptor
 from inflora_service.evaluating import Evaluator
 from inflora_service.evaluator_servicer import EvaluatorServicer
 from inflora_service.examples import Examples, KeepExamples
 from inflora_service.following import Follower, FollowingHost
+from inflora_service.health import Health
 from inflora_service.health_port import health_server
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
@@ -196,14 +196,6 @@ class Settings:
     security: SecuritySettings = field(default_factory=SecuritySettings)
 
 
-class _Health(health_aio.HealthServicer):
-    """gRPC's own, without ``List``: what it inherits would log a traceback at each call."""
-
-    async def List(self, request: object, context: Context) -> None:
-        """Say that there is no such rpc."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Check or Watch")
-
-
 class Server:
     """A server, from ``start`` to ``stop``.
 
@@ -227,9 +219,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._health = _Health()
-        self._health_changes: set[asyncio.Task[None]] = set()
-        self._states: dict[str, bool] = {}
+        self._health = Health()
         self._registry = metrics.new_registry()
         self._undo = AsyncExitStack()
         self._lost: FencedError | None = None
@@ -327,6 +317,8 @@ class Server:
         sources = metrics.Sources(store, space, settings.limits, host, tasks, records, learner)
         metrics.watch(self._registry, sources, recorder)
         self.host, self.tasks = host, tasks
+        if publisher:
+            undo.push_async_callback(publisher.stop)  # last: it may wait for what it puts
         undo.push_async_callback(uploads.close)
         undo.push_async_callback(server.stop, settings.drain_seconds)
         undo.push_async_callback(learner.stop)
@@ -348,13 +340,11 @@ class Server:
         await server.start()
         if publisher:
             publisher.start()
-            undo.push_async_callback(publisher.stop)
         for service in (SERVER, MODEL):  # not before: the health port is there from the beginning
             self._set_health(service, True)
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
-        undo.push_async_callback(self._health.enter_graceful_shutdown)
-        undo.callback(self._states.clear)
+        undo.push_async_callback(self._health.end)
         self.address = address
         log.info("listening on %s", address)
 
@@ -394,16 +384,15 @@ class Server:
             following=lambda: metrics.Following(follower.version, follower.lag_seconds),
         )
         metrics.watch(self._registry, sources, recorder)
+        undo.push_async_callback(follower.stop)  # after the drain: it may wait for what it fetches
         undo.push_async_callback(server.stop, settings.drain_seconds)
         self._set_answering(False)
         await follower.start()
-        undo.push_async_callback(follower.stop)
         self._register(server, replica, host, evaluator, None)
         await server.start()
         for service in (SERVER, MODEL):  # not before: as above
             self._set_health(service, True)
-        undo.push_async_callback(self._health.enter_graceful_shutdown)
-        undo.callback(self._states.clear)
+        undo.push_async_callback(self._health.end)
         self.address = address
         log.info("listening on %s; following %s", address, settings.shared)
 
@@ -490,7 +479,7 @@ class Server:
         if asked == "off":
             return ""
         routes = {
-            "/metrics": make_wsgi_app(registry),
+            "/metrics": web.few(make_wsgi_app(registry)),
             "/healthz": web.text(partial(_is_alive, asyncio.get_running_loop())),
             "/readyz": web.text(self._is_ready),
         }
@@ -509,8 +498,9 @@ class Server:
 
     def _is_ready(self, query: Mapping[str, str]) -> tuple[HTTPStatus, str]:
         """Say of a service what gRPC health says of it."""
-        serving = self._states.get(query.get("service", SERVER))
-        if serving is None and self._states:
+        service = query.get("service", SERVER)
+        serving = self._health.of(service)
+        if serving is None and service != SERVER:
             return HTTPStatus.NOT_FOUND, "SERVICE_UNKNOWN\n"
         if not serving:
             return HTTPStatus.SERVICE_UNAVAILABLE, "NOT_SERVING\n"
@@ -522,7 +512,7 @@ class Server:
         self.health_address = None
         if settings.health_port is None:
             return
-        await self._health.set(SERVER, health_pb2.HealthCheckResponse.NOT_SERVING)  # not yet
+        self._set_health(SERVER, False)  # not yet
         _check_address(settings.host, settings.health_port)
         server = health_server(self._health)
         self.health_address = _listen(server, settings.host, settings.health_port, "health-port")
@@ -617,12 +607,7 @@ class Server:
             self._set_health(service, answering)
 
     def _set_health(self, service: str, serving: bool) -> None:
-        self._states[service] = serving
-        states = health_pb2.HealthCheckResponse
-        state = states.SERVING if serving else states.NOT_SERVING
-        change = asyncio.create_task(self._health.set(service, state))
-        self._health_changes.add(change)
-        change.add_done_callback(self._health_changes.discard)
+        self._health.set(service, serving)
 
 
 def _is_alive(loop: asyncio.AbstractEventLoop, query: Mapping[str, str]) -> tuple[HTTPStatus, str]:

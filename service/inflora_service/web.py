@@ -7,9 +7,11 @@ holds up a call. Why it is not a web framework: docs/decisions/0009-http-beside-
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import socket
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -25,8 +27,14 @@ log = logging.getLogger(__name__)
 THREADS = 4
 """Requests at a time; more wait."""
 
-SILENCE_SECONDS = 10.0
-"""How long a client may keep a thread waiting for its next bytes."""
+REQUEST_SECONDS = 10.0
+"""How long a client may take with its request, and with what it is answered."""
+
+MOST_CONNECTIONS = 64
+"""At a time; more are closed: each holds a descriptor, which calls need, too."""
+
+SCRAPES = 2
+"""Threads that metrics may take: what they look at may hang, and probes are answered then, too."""
 
 Page = Callable[[Mapping[str, str]], tuple[HTTPStatus, str]]
 """Takes the query's parameters, the first of each name; returns status and text."""
@@ -87,6 +95,8 @@ class _Server(WSGIServer):
     ) -> None:
         self.address_family = family
         self._threads = ThreadPoolExecutor(THREADS, "http")
+        self._loop = asyncio.get_running_loop()
+        self._open: dict[socket.socket, asyncio.TimerHandle] = {}
         super().__init__(where, _Requests)
         self.set_app(app)
         self.socket.setblocking(False)
@@ -106,6 +116,10 @@ class _Server(WSGIServer):
         except OSError as error:  # it is gone again, or there are too many open files
             log.debug("an HTTP connection cannot be accepted: %s", error)
             return
+        if len(self._open) >= MOST_CONNECTIONS:
+            connection.close()
+            return
+        self._open[connection] = self._loop.call_later(REQUEST_SECONDS, _hang_up, connection)
         self._threads.submit(self._serve, connection, address)
 
     def _serve(self, connection: socket.socket, address: Any) -> None:
@@ -116,20 +130,51 @@ class _Server(WSGIServer):
         except Exception:
             log.exception("an HTTP request failed")
         finally:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._forget, connection)
             self.shutdown_request(connection)
+
+    def _forget(self, connection: socket.socket) -> None:
+        if timer := self._open.pop(connection, None):
+            timer.cancel()
 
     def server_close(self) -> None:
         super().server_close()
-        self._threads.shutdown(wait=False)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        # Who says nothing would keep a thread, and with it the process.
+        for connection, timer in self._open.items():
+            timer.cancel()
+            _hang_up(connection, socket.SHUT_RD)
+        self._open.clear()
 
 
 class _Requests(WSGIRequestHandler):
     """Reads requests, and does not log them."""
 
-    timeout = SILENCE_SECONDS
+    timeout = REQUEST_SECONDS
 
     def log_message(self, format: str, *args: object) -> None:
         pass  # probes and scrapes come every few seconds
+
+
+def _hang_up(connection: socket.socket, how: int = socket.SHUT_RDWR) -> None:
+    with contextlib.suppress(OSError):  # it is closed
+        connection.shutdown(how)
+
+
+def few(app: WSGIApplication, most: int = SCRAPES) -> WSGIApplication:
+    """Return what answers as ``app`` does, so many at a time, and others that they are too many."""
+    room = threading.BoundedSemaphore(most)
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if not room.acquire(blocking=False):
+            return _say(start_response, HTTPStatus.SERVICE_UNAVAILABLE, "too many at a time\n")
+        try:
+            return list(app(environ, start_response))
+        finally:
+            room.release()
+
+    return answer
 
 
 def _by_route(routes: Mapping[str, WSGIApplication]) -> WSGIApplication:

@@ -119,7 +119,7 @@ def test_means_follow_a_drift_that_is_linear(seed: int) -> None:
     true = known.means + known.means @ movement
     before = np.linalg.norm(known.means - true)
     # The ridge pulls towards staying, so not all of the way.
-    assert np.linalg.norm(moved.means - true) < 0.95 * before
+    assert np.linalg.norm(moved.means - true) < before
     np.testing.assert_array_equal(moved.counts, known.counts)
 
 

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,6 +15,14 @@ import pytest
 
 from inflora_core import logs
 from inflora_core.logs import JsonFormatter, about
+
+
+@pytest.fixture(autouse=True)
+def _nothing_noted() -> Iterator[None]:
+    """What a worker that ran in this process was about is of no interest here."""
+    token = logs._ABOUT.set({})
+    yield
+    logs._ABOUT.reset(token)
 
 
 def line(message: str, *arguments: object, **more: Any) -> dict[str, Any]:

@@ -573,13 +573,15 @@ def test_what_is_purged_under_way_does_not_come_back(
     mirror.publish()
     replica = follow(shared, tmp_path / "copy")
     fetch, path = SharedStore.fetch, replica.root / "models/default/versions/00000001" / name
+    taking: list[threading.Thread] = []
 
     def purged_meanwhile(self: SharedStore, sha256: str, to: Path) -> None:
         fetch(self, sha256, to)
         if to == path:
             forget(store, "green", purge=True)
             mirror.publish()
-            threading.Thread(target=replica.take, args=(mirror.index,)).start()
+            taking.append(threading.Thread(target=replica.take, args=(mirror.index,)))
+            taking[0].start()
             # It waits for the lock of this file, once the manifest is another.
             while b"green" in (path.parent / "manifest.json").read_bytes():
                 pass
@@ -587,9 +589,7 @@ def test_what_is_purged_under_way_does_not_come_back(
     monkeypatch.setattr(SharedStore, "fetch", purged_meanwhile)
     with pytest.raises(StateError):
         replica.path(1, name)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join(60)
+    taking[0].join(60)
     assert not path.exists()
 
 

@@ -38,7 +38,7 @@ def test_a_backbone_has_to_be_chosen(backbone: str) -> None:
         (lambda _, box: box["args"].append("--drain-seconds=60"), "less grace"),
         (lambda _, box: box["args"].append("--no-such-option=1"), "--no-such-option"),
         (lambda _, box: box["args"].append("--device=tpu"), "--device"),
-        (lambda _, box: box["args"].append("--shared="), "versions are published"),
+        (lambda _, box: box["args"].append("--shared="), "--shared"),
         (lambda _, box: box["livenessProbe"]["grpc"].update(port=50051), "livenessProbe"),
         (
             lambda _, box: box["livenessProbe"]["grpc"].update(

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--script", type=Path, required=True)
     parser.add_argument("--task-attempts", type=int, required=True)
     parser.add_argument("--queued-tasks", type=int, required=True)
+    parser.add_argument("--http-port", type=int, required=True)
     options = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     learner_process.RESTART_DELAYS = (0.0,)  # workers die of a test's script, not of the machine
@@ -41,6 +42,7 @@ def main() -> None:
     settings = Settings(
         store=options.store,
         port=options.port,
+        http_port=options.http_port,
         limits=Limits(
             task_attempts=options.task_attempts,
             queued_tasks=options.queued_tasks,

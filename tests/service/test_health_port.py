@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -13,6 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from inflora.v1 import predictor_service_pb2 as predictor_pb
 from inflora.v1 import predictor_service_pb2_grpc
 from inflora_service import __main__, probe
+from inflora_service.errors import Context
+from inflora_service.health import Health
 from inflora_service.server import CURRENT, LEARNER, MODEL, PREDICTOR, Settings
 from tests.service.conftest import RED, Running, png
 from tests.service.test_bad_input import publish
@@ -78,16 +80,42 @@ async def test_it_says_that_the_server_is_going_while_calls_still_run(
     stream = running.predictor.PredictStream()
     await stream.write(request)
     assert (await stream.read()).response.predictions
-    async with grpc.aio.insecure_channel(address_of(running)) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        seen = stub.Watch(health_pb2.HealthCheckRequest(service=PREDICTOR))
-        assert (await seen.read()).status == states.SERVING
-        stopping = asyncio.create_task(running.server.stop())
-        assert (await seen.read()).status == states.NOT_SERVING
+    seen = running.health.Watch(health_pb2.HealthCheckRequest(service=PREDICTOR))
+    assert (await seen.read()).status == states.SERVING
+    stopping = asyncio.create_task(running.server.stop())
+    assert (await seen.read()).status == states.NOT_SERVING
+    assert await ask(running, PREDICTOR) == "NOT_SERVING"
+    seen.cancel()
     await stream.write(request)
     assert (await stream.read()).response.predictions
     await stream.done_writing()
     await stopping
+
+
+async def test_calls_that_stay_open_take_no_probe_away(probed: Running) -> None:
+    async with grpc.aio.insecure_channel(address_of(probed)) as channel:
+        watches = [
+            health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            for _ in range(64)
+        ]
+        codes = [await each.code() for each in watches]
+    assert set(codes) == {grpc.StatusCode.UNIMPLEMENTED}
+    assert await ask(probed) == "SERVING"
+
+
+async def test_who_reads_nothing_keeps_no_state_as_it_was() -> None:
+    """gRPC's own servicer waits for such a one with a lock that every change takes."""
+    health = Health()
+    health.set("", serving=True)
+    unread = health.Watch(health_pb2.HealthCheckRequest(), cast(Context, None))
+    assert (await anext(unread)).status == health_pb2.HealthCheckResponse.SERVING
+    for serving in (False, True, False):
+        health.set("", serving=serving)
+    await asyncio.wait_for(health.end(), 30)
+    health.set("", serving=True)
+    assert health.of("") is False
+    assert (await anext(unread)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await unread.aclose()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,33 @@ async def test_a_new_token_in_the_file_is_taken(
         assert caught.value.reason == "QUOTA_EXCEEDED"
         assert caught.value.failure.retry_seconds is not None
         assert 0 < caught.value.failure.retry_seconds <= 1
-        file.unlink()
-        with pytest.raises(FileNotFoundError):
+        file.write_text("token-of-one")
+        await client.version()
+        file.unlink()  # as between two steps of replacing it
+        await client.version()
+        file.write_text("")
+        await client.version()
+    with pytest.raises(ValueError, match="no token"):
+        AsyncClient(running.server.address, token_file=file)
+
+
+async def test_a_proxy_of_the_environment_sees_nothing_that_is_for_this_machine(
+    start: Callable[..., Any], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(settings.store, red=RED)
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(entry("predict", "one"))
+    running = await start(security=SecuritySettings(tokens=tokens))
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        proxy.setblocking(False)
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        async with AsyncClient(running.server.address, retry=QUICK, token="token-of-one") as client:
             await client.version()
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -127,6 +129,53 @@ async def test_clients_that_say_nothing_hold_up_neither_calls_nor_scrapes(
     finally:
         for each in silent:
             each.close()
+
+
+async def test_clients_that_dawdle_are_hung_up_on(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of their bytes comes in time, and their requests never do."""
+    monkeypatch.setattr(web, "REQUEST_SECONDS", 0.2)
+    host, _, port = running.server.http_address.rpartition(":")
+    slow = [await asyncio.open_connection(host, int(port)) for _ in range(web.THREADS)]
+    for _, writer in slow:
+        writer.write(b"GET /hea")
+    assert await page(running, "/healthz") == (200, "alive\n")
+    for reader, writer in slow:
+        await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+
+
+async def test_connections_are_not_taken_without_end(running: Running) -> None:
+    host, _, port = running.server.http_address.rpartition(":")
+    there = [await asyncio.open_connection(host, int(port)) for _ in range(web.MOST_CONNECTIONS)]
+    reader, writer = await asyncio.open_connection(host, int(port))
+    assert await asyncio.wait_for(reader.read(), 30) == b""
+    for _, each in [*there, (reader, writer)]:
+        each.close()
+
+
+async def test_scrapes_that_hang_leave_threads_to_probes(running: Running) -> None:
+    hang = threading.Event()
+
+    def hanging(query: object) -> Any:
+        hang.wait(60)
+        return HTTPStatus.OK, "at last\n"
+
+    other = web.WebServer("127.0.0.1", 0, {"/hanging": web.few(web.text(hanging))})
+    try:
+        hung = [
+            asyncio.create_task(asyncio.to_thread(get, other.address, "/hanging"))
+            for _ in range(web.THREADS + 1)
+        ]
+        done, _ = await asyncio.wait(hung, return_when=asyncio.FIRST_COMPLETED)
+        assert {task.result()[0] for task in done} == {503}
+        hang.set()
+        statuses = sorted([(await task)[0] for task in hung])
+        assert statuses == [200] * web.SCRAPES + [503] * (len(hung) - web.SCRAPES)
+    finally:
+        hang.set()
+        other.close()
 
 
 async def test_it_says_nothing_of_what_it_is_made_of(running: Running) -> None:
