@@ -137,7 +137,11 @@ class SpoolWriter:
                 raise
         except OSError:
             if state is None:
-                shutil.rmtree(folder, ignore_errors=True)
+                # Not rmtree, which needs a descriptor: there may be none to be had.
+                with contextlib.suppress(OSError):
+                    for name in (ORIGIN, IMAGES, INDEX):
+                        (folder / name).unlink(missing_ok=True)
+                    folder.rmdir()
             raise
 
     def __enter__(self) -> SpoolWriter:

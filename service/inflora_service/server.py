@@ -602,8 +602,8 @@ class Server:
         reflection.enable_server_reflection(names, server)
 
     def _set_answering(self, answering: bool) -> None:
-        """Say whether there is a version that can answer."""
-        for service in (PREDICTOR, EVALUATOR, OIP):
+        """Say whether there is a version that can answer; a learner does not answer."""
+        for service in (PREDICTOR, EVALUATOR, OIP) if self._settings.role != "learner" else ():
             self._set_health(service, answering)
 
     def _set_health(self, service: str, serving: bool) -> None:

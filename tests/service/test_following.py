@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -118,6 +119,8 @@ async def test_roles_have_the_services_that_are_theirs(learner: Running, follow:
     await teach(learner, {"red": RED})
     with fails("UNIMPLEMENTED", "NOT_FOUND"):
         await predict(learner)
+    with pytest.raises(grpc.aio.AioRpcError, match="no such service"):
+        await learner.serving(PREDICTOR)
     predictor = await follow()
     with fails("UNIMPLEMENTED", "NOT_FOUND"):
         await predictor.learner.ListTasks(learner_pb.ListTasksRequest())
