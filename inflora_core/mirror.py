@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import platform
@@ -15,8 +14,16 @@ from inflora_core import durable
 from inflora_core.errors import DamagedError, NotFoundError, StateError, UnavailableError
 from inflora_core.model import now
 from inflora_core.replica import Replica
-from inflora_core.shared import Index, IndexedVersion, Root, Seen, SharedStore, dump_index
-from inflora_core.store import ONNX_FILE, Store, StoredVersion
+from inflora_core.shared import (
+    Index,
+    IndexedVersion,
+    Root,
+    Seen,
+    SharedStore,
+    dump_index,
+    sha256_of,
+)
+from inflora_core.store import BACKBONE_SOURCE, ONNX_FILE, Store, StoredVersion
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +32,6 @@ FILE = "LEARNER"
 
 FETCHING = "FETCHING"
 """Is there as long as a learner that takes over has not fetched everything."""
-
-_SOURCE = "backbone-source.json"
 
 
 def learner_id(root: Path) -> str:
@@ -206,7 +211,7 @@ class Mirror:
             return Index()
         name, paths = self.store.stored_backbone()
         known = self.index.backbone_files if name == self.index.backbone else {}
-        source = self.store.root / _SOURCE
+        source = self.store.root / BACKBONE_SOURCE
         return Index(
             backbone=name,
             backbone_files={
@@ -247,7 +252,7 @@ class Mirror:
             return sha256
         if self.stopping:
             raise UnavailableError("the server is stopping")
-        found = _sha256(content)
+        found = sha256_of(content)
         if sha256 and found != sha256:
             raise DamagedError(f"{content!s} does not have the checksum in its manifest")
         if sizes.get(found) != size:
@@ -272,10 +277,3 @@ def _remember(root: Path, writer: str, places: set[str]) -> None:
     content = json.dumps({"id": writer, "published": sorted(places)}, indent=1).encode() + b"\n"
     if not (root / FILE).exists() or (root / FILE).read_bytes() != content:
         durable.replace(root / FILE, content)
-
-
-def _sha256(content: bytes | Path) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

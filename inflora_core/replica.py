@@ -7,7 +7,6 @@ many. Manifests, marks and the list of forgotten classes are always those of the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -28,8 +27,8 @@ from inflora_core.errors import (
     UnavailableError,
 )
 from inflora_core.model import FileEntry, Version
-from inflora_core.shared import Index, IndexedVersion, SharedStore
-from inflora_core.store import FOLLOWS, ONNX_FILE, Store, check_new
+from inflora_core.shared import Index, IndexedVersion, SharedStore, sha256_of
+from inflora_core.store import BACKBONE_SOURCE, FOLLOWS, ONNX_FILE, Store, check_new
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ class Replica(Store):
             DamagedError, UnavailableError: as ``SharedStore.get``.
             OSError: the disk does not take it.
         """
-        if index.forgotten and _sha256(self._forgotten) != index.forgotten:
+        if index.forgotten and sha256_of(self._forgotten) != index.forgotten:
             durable.replace(self._forgotten, self.shared.get(index.forgotten))
             self.outdated = True
         if index.backbone:
@@ -133,7 +132,7 @@ class Replica(Store):
         """
         self.take(index)
         if index.source:
-            durable.replace(self.root / "backbone-source.json", self.shared.get(index.source))
+            durable.replace(self.root / BACKBONE_SOURCE, self.shared.get(index.source))
         if index.backbone:
             self.backbone()
         for number in index.versions:
@@ -181,7 +180,7 @@ class Replica(Store):
     def _manifest_of(self, number: int, version: IndexedVersion) -> bytes | None:
         """Return the manifest of a version, None where that is here, and sound."""
         path = self._folder(number) / "manifest.json"
-        if path.exists() and _sha256(path) == version.manifest:
+        if path.exists() and sha256_of(path) == version.manifest:
             with contextlib.suppress(DamagedError):
                 self.manifest(number)
                 return None
@@ -215,7 +214,7 @@ class Replica(Store):
         with self._locks[path]:
             try:
                 os.utime(path)  # for ``trim``
-                if path.stat().st_size == entry.size and _sha256(path) == entry.sha256:
+                if path.stat().st_size == entry.size and sha256_of(path) == entry.sha256:
                     return
                 log.warning("%s is damaged, and fetched again", path)
             except FileNotFoundError:
@@ -262,8 +261,3 @@ def _url(marker: Path) -> str:
         return str(json.loads(marker.read_bytes())["url"])
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{marker} cannot be read: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -260,7 +260,7 @@ class SharedStore:
             UnavailableError: the store cannot be reached.
             OSError: the file cannot be read.
         """
-        name = sha256 or hashlib.sha256(_read(content)).hexdigest()
+        name = sha256 or sha256_of(content)
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         with self._telling():
             with contextlib.suppress(*_ABSENT):  # a bucket that is not there: the next step tells
@@ -284,7 +284,7 @@ class SharedStore:
             UnavailableError: the store cannot be reached.
         """
         content = b"".join(self._pieces(sha256))
-        if hashlib.sha256(content).hexdigest() != sha256:
+        if sha256_of(content) != sha256:
             raise self._damaged(sha256)
         return content
 
@@ -449,6 +449,18 @@ class _FileCell:
 
 _INDEX = TypeAdapter(Index)
 _ROOTS = TypeAdapter(Root)
+
+
+def sha256_of(content: bytes | Path) -> str:
+    """Return the name of an object: the sha256 of what is in it.
+
+    Args:
+        content: It, or where it is.
+    """
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dump_index(index: Index) -> bytes:

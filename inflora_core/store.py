@@ -107,6 +107,9 @@ later versions' weights are made of them."""
 FOLLOWS = "FOLLOWS"
 """Says which shared store a folder is a copy of; without it, it is a store of its own."""
 
+BACKBONE_SOURCE = "backbone-source.json"
+"""Says what the backbone was made from; whoever makes it writes it."""
+
 _BACKBONE_FILES = ("weights.safetensors", "template.onnx", "manifest.json")
 
 _MANIFEST = "manifest.json"

@@ -12,10 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from inflora_core import durable
 from inflora_core.errors import DamagedError, StateError
+from inflora_core.store import BACKBONE_SOURCE
 
 log = logging.getLogger(__name__)
 
-FILE = "backbone-source.json"
+FILE = BACKBONE_SOURCE
 
 DEFAULT = "bundled"
 

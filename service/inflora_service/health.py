@@ -38,7 +38,7 @@ class Health(health_pb2_grpc.HealthServicer):
         """Return whether a service is serving, None if there is no such."""
         return self._serving.get(service)
 
-    async def end(self) -> None:
+    def end(self) -> None:
         """Say of all services, for good, that they are not serving."""
         self._ended = True
         for service in self._serving:

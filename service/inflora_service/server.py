@@ -290,7 +290,7 @@ class Server:
             settings.limits,
             audit,
             on_serving=lambda: self._set_answering(True),
-            on_sound=lambda sound: self._set_health(CURRENT, sound),
+            on_sound=lambda sound: self._health.set(CURRENT, sound),
             on_changed=publisher.notify if publisher else lambda: None,
             on_swap=recorder.swapped,
             on_run=recorder.ran,
@@ -301,7 +301,7 @@ class Server:
         learner = LearnerProcess(
             self._worker_command(),
             keep_open=[lock.descriptor],
-            on_health=lambda healthy: self._set_health(LEARNER, healthy),
+            on_health=lambda healthy: self._health.set(LEARNER, healthy),
             on_end=recorder.worker_ended,
         )
         examples = Examples(store.root, settings.keep_examples)
@@ -331,7 +331,7 @@ class Server:
         else:
             await asyncio.to_thread(self._check_backbone, store, audit.history)
         await audit.begin()
-        self._set_health(LEARNER, True)
+        self._health.set(LEARNER, True)
         self._set_answering(False)
         await host.start()
         await tasks.start()
@@ -341,10 +341,10 @@ class Server:
         if publisher:
             publisher.start()
         for service in (SERVER, MODEL):  # not before: the health port is there from the beginning
-            self._set_health(service, True)
+            self._health.set(service, True)
         if not new:
             learner.start()  # only now: its imports keep a processor busy for seconds
-        undo.push_async_callback(self._health.end)
+        undo.callback(self._health.end)
         self.address = address
         log.info("listening on %s", address)
 
@@ -376,7 +376,7 @@ class Server:
             replica,
             host,
             settings.poll_seconds,
-            on_sound=lambda sound: self._set_health(CURRENT, sound),
+            on_sound=lambda sound: self._health.set(CURRENT, sound),
         )
         space = Space(replica, settings.limits)
         sources = metrics.Sources(
@@ -391,8 +391,8 @@ class Server:
         self._register(server, replica, host, evaluator, None)
         await server.start()
         for service in (SERVER, MODEL):  # not before: as above
-            self._set_health(service, True)
-        undo.push_async_callback(self._health.end)
+            self._health.set(service, True)
+        undo.callback(self._health.end)
         self.address = address
         log.info("listening on %s; following %s", address, settings.shared)
 
@@ -512,7 +512,7 @@ class Server:
         self.health_address = None
         if settings.health_port is None:
             return
-        self._set_health(SERVER, False)  # not yet
+        self._health.set(SERVER, False)  # not yet
         _check_address(settings.host, settings.health_port)
         server = health_server(self._health)
         self.health_address = _listen(server, settings.host, settings.health_port, "health-port")
@@ -604,10 +604,7 @@ class Server:
     def _set_answering(self, answering: bool) -> None:
         """Say whether there is a version that can answer; a learner does not answer."""
         for service in (PREDICTOR, EVALUATOR, OIP) if self._settings.role != "learner" else ():
-            self._set_health(service, answering)
-
-    def _set_health(self, service: str, serving: bool) -> None:
-        self._health.set(service, serving)
+            self._health.set(service, answering)
 
 
 def _is_alive(loop: asyncio.AbstractEventLoop, query: Mapping[str, str]) -> tuple[HTTPStatus, str]:
