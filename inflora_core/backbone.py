@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from timm.data.config import resolve_data_config
-from timm.data.transforms_factory import create_transform
 from timm.layers.attention import Attention, AttentionRope
 from timm.models import load_model_config_from_hf, split_model_name_tag
 from timm.models.eva import Eva, EvaAttention
@@ -37,6 +36,7 @@ from inflora_core.errors import (
     UnavailableError,
     UnsupportedBackboneError,
 )
+from inflora_core.images import resized
 from inflora_core.model import BackboneConfig, Preprocessing
 from inflora_core.sparing import sparing
 
@@ -87,7 +87,7 @@ class Backbone:
         return self.module.get_submodule(f"{name}.qkv")
 
     def resize(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Resize and crop one image with timm's own evaluation transform.
+        """Resize and crop one image as timm's own evaluation transform does.
 
         Args:
             image: PIL image, or (h, w, 3) uint8 RGB.
@@ -96,8 +96,7 @@ class Backbone:
             (S, S', 3) uint8, contiguous.
         """
         picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        pixels: Tensor = self._transform(picture.convert("RGB"))
-        return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+        return np.ascontiguousarray(resized(picture.convert("RGB"), self.preprocessing))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Make resized images the module's input.
@@ -133,14 +132,6 @@ class Backbone:
     @cached_property
     def _constants(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
         return {}
-
-    @cached_property
-    def _transform(self) -> Callable[[Image.Image], Tensor]:
-        # use_prefetcher leaves scaling and normalising out: uint8 (3, S, S') comes back.
-        transform: Callable[[Image.Image], Tensor] = create_transform(
-            **_data_config(self.config.pretrained_cfg), is_training=False, use_prefetcher=True
-        )
-        return transform
 
 
 def create_backbone(source: str, *, architecture: str | None = None) -> Backbone:

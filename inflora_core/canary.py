@@ -55,7 +55,7 @@ def keep(store: Path, key: str, images: Sequence[bytes]) -> None:
             failpoints.reach("canary.write")
             name = f"{number:04d}"
             durable.write(draft / name, image)
-            entries.append(FileEntry(name, len(image), hashlib.sha256(image).hexdigest()))
+            entries.append(FileEntry.of(name, image))
         durable.write(draft / _MANIFEST, _FILES.dump_json(tuple(entries), indent=1))
         durable.sync_folder(draft)
         failpoints.reach("canary.rename")

@@ -31,12 +31,19 @@ class Compute:
             kept (moments, features, gradients, A_t, heads) stays in float32 or better.
         group: Who learns along.
         most: Images at a time that are known to fit in memory; lowered where they do not.
+        record: Whether steps on a GPU are recorded and played back, if there is no group.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     half: bool = False
     group: Group = field(default_factory=Group)
     most: int = 2**31
+    record: bool = True
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded."""
+        return self.record and self.device.type == "cuda" and self.group.size == 1
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context that training multiplies matrices in."""

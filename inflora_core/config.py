@@ -182,6 +182,14 @@ class Gate(BaseModel):
     """The same; a class below it is no reason to hold a version back, but is named in a warning."""
     canary: float | None = Field(0.25, ge=0, le=1)
     """Most accuracy on the canary images of old classes that may be lost, new ones competing."""
+    fp16: float | None = Field(0.995, ge=0, le=1)
+    """Least share of images that the smaller form of a version has to name as ``model.onnx`` does.
+    It is no reason to hold a version back: a form of which some of the task's images say, 95% sure,
+    that it falls short is not handed out, and neither is one that is off."""
+    int8: float | None = Field(0.98, ge=0, le=1)
+    """Likewise."""
+    form_distance: float | None = Field(0.05, ge=0, le=1)
+    """Most that a form's probabilities may differ by on average: their total variation."""
 
 
 class Retention(BaseModel):

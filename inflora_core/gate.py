@@ -15,6 +15,7 @@ import numpy as np
 from inflora_core.config import Gate
 from inflora_core.heads import Examined
 from inflora_core.model import (
+    Agreement,
     Array,
     ContinualModel,
     Evidence,
@@ -223,6 +224,29 @@ def warnings(learned: Learned, settings: Gate) -> Iterator[str]:
         )
     if len(alike) > MOST_NAMED:
         yield f"{len(alike) - MOST_NAMED} more new classes are hard to tell from another one."
+
+
+SURE = 0.95
+"""How sure it has to be that a form agrees on less than is asked for: 32 images are few."""
+
+
+def form_refusal(form: str, agreement: Agreement, settings: Gate) -> str:
+    """Return what there is against handing out a form of a version; "" if there is nothing.
+
+    Args:
+        form: Its name, that of its limit among the settings.
+        agreement: With ``model.onnx``.
+        settings: The limits.
+    """
+    least: float | None = getattr(settings, form)
+    if least is None:
+        return "it is off"
+    luck = binomial_tails(agreement.images, 1 - least)[agreement.differing]
+    if agreement.differing and luck < 1 - SURE:
+        return f"it names {agreement.differing} of {agreement.images} images differently"
+    if settings.form_distance is not None and agreement.distance > settings.form_distance:
+        return f"its probabilities are {agreement.distance:.3f} away on average"
+    return ""
 
 
 def why_held_back(failed: Iterable[GateCheck]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -386,6 +387,44 @@ class FileEntry:
     size: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: Sha256
 
+    @classmethod
+    def of(cls, name: str, content: bytes) -> Self:
+        """Return what a file of this name has to be to have this content."""
+        return cls(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two files answer images, the same version's in two forms.
+
+    Attributes:
+        images: How many were compared.
+        differing: How many were named differently.
+        distance: Mean total variation of the probabilities, from 0 (the same) to 1.
+    """
+
+    images: Annotated[int, Field(ge=1)]
+    differing: Annotated[int, Field(ge=0)]
+    distance: Annotated[float, Field(ge=0, le=1)]
+
+    @property
+    def top1(self) -> float:
+        """Share of the images that were named alike."""
+        return 1 - self.differing / self.images
+
+
+@dataclass(frozen=True)
+class Form:
+    """A smaller form of a version's ``model.onnx`` (``inflora_core.forms``), made when asked for.
+
+    Attributes:
+        file: What it is then.
+        agreement: With ``model.onnx``, on images of the task.
+    """
+
+    file: FileEntry
+    agreement: Agreement
+
 
 @dataclass(frozen=True)
 class Version:
@@ -403,6 +442,8 @@ class Version:
     """None where nothing was learned: its task changed the class table only."""
     forgets: tuple[ClassKey, ...] = ()
     """Keys of the classes that are forgotten from this version on."""
+    forms: tuple[Form, ...] = ()
+    """Those that agree with ``model.onnx`` well enough."""
     state: VersionState = VersionState.WHOLE
     """Not in the manifest: it is found when that is read."""
     pinned: bool = False

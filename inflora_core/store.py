@@ -76,6 +76,7 @@ from inflora_core.model import (
     Factors,
     FileEntry,
     Forget,
+    Form,
     LayerState,
     Learned,
     Novelty,
@@ -96,6 +97,7 @@ MODEL = "default"
 ONNX_FILE = "model.onnx"
 
 _FACTORS = "factors.safetensors"
+_EXPANSION, _REDUCTION = ".expansion", ".reduction"
 _HEAD = "head.safetensors"
 _MEMORY = "memory.safetensors"
 _WITHHELD = (ONNX_FILE, _HEAD)
@@ -271,7 +273,7 @@ class Store:
         final = self.root / "backbones" / sha256
         if not final.exists():
             files = {"weights.safetensors": content, "template.onnx": template}
-            entries = tuple(_entry(name, data) for name, data in files.items())
+            entries = tuple(FileEntry.of(name, data) for name, data in files.items())
             self._commit(files, _FILES.dump_json(entries, indent=1), final)
         durable.replace(self._model / "backbone", f"{sha256}\n".encode())
         return self.backbone()
@@ -529,6 +531,13 @@ class Store:
         """Return the files of a version that ``path`` leads to."""
         return tuple(entry for entry in version.files if entry.name not in _withheld(version))
 
+    def forms(self, version: Version) -> tuple[Form, ...]:
+        """Return the smaller forms of a version's ``model.onnx`` that are handed out.
+
+        Where that is not, neither are they: they are made of it.
+        """
+        return () if ONNX_FILE in _withheld(version) else version.forms
+
     def load_model(self, number: int | None) -> ContinualModel:
         """Return the state of version ``number``, or the initial one for None.
 
@@ -550,11 +559,8 @@ class Store:
             lineage.append(self._manifest(parent))
         merged = {name: layer.key_value for name, layer in start.layers.items()}
         for version in reversed(lineage):
-            factors = self._tensors(version, _FACTORS)
-            for name, key_value in merged.items():
-                if f"{name}.expansion" in factors:
-                    pair = Factors(factors[f"{name}.expansion"], factors[f"{name}.reduction"])
-                    merged[name] = merge(key_value, pair)
+            for name, pair in self.factors(version.number).items():
+                merged[name] = merge(merged[name], pair)
         newest = lineage[0]
         memory, head = self._tensors(newest, _MEMORY), self._tensors(newest, _HEAD)
         if len(head["weight"]) != len(newest.classes):
@@ -589,6 +595,19 @@ class Store:
             capacity=memory["capacity"],
         )
         return edits.without(model, self.forgotten().keys)
+
+    def factors(self, number: int) -> dict[str, Factors]:
+        """Return what a version's task added to its parent's K and V weights, by layer.
+
+        Raises:
+            NotFoundError: there is no such version.
+            DamagedError: the file is damaged.
+        """
+        arrays = self._tensors(self._manifest(number), _FACTORS)
+        layers = [name.removesuffix(_EXPANSION) for name in arrays if name.endswith(_EXPANSION)]
+        return {
+            name: Factors(arrays[name + _EXPANSION], arrays[name + _REDUCTION]) for name in layers
+        }
 
     def make_onnx(self, number: int) -> bytes:
         """Return the ONNX file of a version as it may answer now: without forgotten classes.
@@ -698,13 +717,13 @@ class Store:
             content = path.read_bytes()
         except FileNotFoundError:
             return self._made_onnx(version)
-        if _entry(ONNX_FILE, content) != version.file(ONNX_FILE):
+        if FileEntry.of(ONNX_FILE, content) != version.file(ONNX_FILE):
             raise DamagedError(f"{path} does not have the checksum in its manifest")
         return content
 
     def _made_onnx(self, version: Version) -> bytes:
         content = self.make_onnx(version.number)
-        if _entry(ONNX_FILE, content) != version.file(ONNX_FILE):
+        if FileEntry.of(ONNX_FILE, content) != version.file(ONNX_FILE):
             raise DamagedError(
                 f"{ONNX_FILE} of version {version.number} is damaged, and cannot be rebuilt"
             )
@@ -742,17 +761,24 @@ class Store:
         """Return the number that ``publish`` will give."""
         return max(self.numbers(), default=0) + 1
 
-    def publish(self, learned: Learned, task: str, onnx: bytes) -> Version:
+    def publish(
+        self, learned: Learned, task: str, onnx: bytes, forms: tuple[Form, ...] = ()
+    ) -> Version:
         """Make ``learned`` a version, durable and whole, but not yet current.
 
         Args:
             learned: The state; ``learned.model.version`` names the parent.
             task: Id of the task that was learned.
             onnx: The merged model.
+            forms: Smaller ones of it that are handed out.
         """
-        return self._publish(learned.model, task, onnx, learned.factors, learned.report)
+        return self._publish(
+            learned.model, task, onnx, learned.factors, learned.report, forms=forms
+        )
 
-    def publish_edit(self, edited: edits.Edited, task: str, onnx: bytes) -> Version:
+    def publish_edit(
+        self, edited: edits.Edited, task: str, onnx: bytes, forms: tuple[Form, ...] = ()
+    ) -> Version:
         """Make ``edited`` a version, durable and whole, but not yet current.
 
         Classes are forgotten once ``forget`` is told of the version's ``forgets``.
@@ -761,8 +787,9 @@ class Store:
             edited: The state; ``edited.model.version`` names the parent.
             task: Id of the task that asked for it.
             onnx: The merged model.
+            forms: Smaller ones of it that are handed out.
         """
-        return self._publish(edited.model, task, onnx, forgets=edited.forgets)
+        return self._publish(edited.model, task, onnx, forgets=edited.forgets, forms=forms)
 
     def _publish(
         self,
@@ -772,13 +799,14 @@ class Store:
         factors: Mapping[str, Factors] | None = None,
         report: TaskReport | None = None,
         forgets: tuple[str, ...] = (),
+        forms: tuple[Form, ...] = (),
     ) -> Version:
         number = self.next_number()
         calibration = model.calibration
         changes, memory = {}, {"capacity": model.capacity}
         for name, pair in (factors or {}).items():
-            changes[f"{name}.expansion"] = pair.expansion
-            changes[f"{name}.reduction"] = pair.reduction
+            changes[name + _EXPANSION] = pair.expansion
+            changes[name + _REDUCTION] = pair.reduction
         for name, layer in model.layers.items():
             memory[f"{name}.basis"] = layer.basis
             memory[f"{name}.protected"] = np.asarray(layer.protected, np.int64)
@@ -808,10 +836,11 @@ class Store:
             task=task,
             backbone=(self._model / "backbone").read_text().strip(),
             classes=model.classes,
-            files=tuple(_entry(name, data) for name, data in files.items()),
+            files=tuple(FileEntry.of(name, data) for name, data in files.items()),
             create_time=now(),
             report=report,
             forgets=forgets,
+            forms=forms,
         )
         self._commit(files, _dump(version), self._folder(number))
         return version
@@ -905,6 +934,16 @@ class Store:
         borne = self.version(current).classes if current is not None else ()
         return frozenset(names.difference({MARK}, *(entry.names for entry in borne)))
 
+    def emptied_tasks(self) -> frozenset[str]:
+        """Return the tasks of whose classes all are forgotten, as far as manifests can be read."""
+        gone = self.forgotten().keys
+        tasks: set[str] = set()
+        left: set[str] = set()
+        for _, version in self._manifests():
+            tasks.update(entry.task for entry in version.classes)
+            left.update(entry.task for entry in version.classes if entry.key not in gone)
+        return frozenset(tasks - left)
+
     def tables_for(self, edit: Edit) -> Iterator[tuple[ClassEntry, ...]]:
         """Yield the class table of every version that can be read, for ``edits.apply``.
 
@@ -975,6 +1014,7 @@ class Store:
                 for entry in version.classes
             ),
             files=tuple(entry for entry in version.files if entry.name not in _OWN),
+            forms=(),
             report=version.report and version.report.without_classes(names),
         )
         folder = self._folder(number)
@@ -1200,13 +1240,9 @@ def _save(arrays: Mapping[str, Array]) -> bytes:
     return save({name: np.asarray(value, order="C") for name, value in arrays.items()})
 
 
-def _entry(name: str, data: bytes) -> FileEntry:
-    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
-
-
 def _check(folder: Path, entry: FileEntry) -> bytes:
     path = folder / entry.name
     data = _read(path)
-    if _entry(entry.name, data) != entry:
+    if FileEntry.of(entry.name, data) != entry:
         raise DamagedError(f"{path} does not have the checksum in its manifest")
     return data

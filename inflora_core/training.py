@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError
 from inflora_core.model import Array
 from inflora_core.progress import Tracker
+from inflora_core.recording import Recorded
 
 PATIENCE = 3
 """Epochs without a lower loss on the held-out images after which training ends."""
@@ -183,6 +184,7 @@ def train_expansions(
     steps = math.ceil(len(images) / config.batch_size)
     watch = Watch(on=config.epochs is None and len(held_out) >= FEWEST_TO_STOP)
     training = Training(parameters, optimizer, generator, watch, tracker)
+    differentiate_batch = recorded(backbone, head, parameters, config, compute)
     beginning = fingerprint(
         f"{config.model_dump_json()} {compute.half} {compute.group.size}",
         [
@@ -204,7 +206,7 @@ def train_expansions(
             done = (epoch + step / steps) / tracker.epochs
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate_at(config, epoch, tracker.epochs, done)
-            losses.add(differentiate(backbone, head, batch, parameters, config, compute))
+            losses.add(differentiate_batch(batch))
             optimizer.step()
             losses.look()
             tracker.step((epoch + (step + 1) / steps) / tracker.epochs)
@@ -233,6 +235,31 @@ def batches(images: Images, config: LearnConfig, generator: torch.Generator) -> 
     for start in range(0, len(images), config.batch_size):
         rows = slice(start, start + config.batch_size)
         yield images.at(rows), mirrored[rows]
+
+
+def recorded(
+    backbone: Backbone,
+    head: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    config: LearnConfig,
+    compute: Compute,
+) -> Callable[[Batch], Tensor]:
+    """Return ``differentiate`` for one batch after another, played back where that is sooner."""
+    if not compute.records:
+        return lambda batch: differentiate(backbone, head, batch, parameters, config, compute)
+
+    def run(inputs: Sequence[Tensor]) -> Tensor:
+        pixels, labels, mirrored = inputs
+        images = Images(pixels, torch.arange(len(pixels), device=pixels.device), labels)
+        return differentiate(backbone, head, (images, mirrored), parameters, config, compute)
+
+    player = Recorded(run, parameters, compute)
+
+    def differentiate_batch(batch: Batch) -> Tensor:
+        images, mirrored = batch
+        return player((images.loaded(), images.labels, mirrored))
+
+    return differentiate_batch
 
 
 def differentiate(

@@ -9,14 +9,16 @@ protobuf's encoding specification.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from inflora_core.errors import DamagedError
+from inflora_edge import varint
 
 _GRAPH = 7
 """Field of ``ModelProto``."""
 _INITIALIZER = 5
 """Field of ``GraphProto``."""
-_DIMS, _NAME = 1, 8
+_DIMS, _NAME, _RAW_DATA = 1, 8, 9
 """Fields of ``TensorProto``."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -50,6 +52,56 @@ def part(model: bytes) -> tuple[bytes, list[memoryview]]:
     return bytes(rest), large
 
 
+@dataclass(frozen=True)
+class Span:
+    """Where a piece of a file is. All of them are all of its bytes, in order.
+
+    Attributes:
+        start: Its first byte.
+        end: Behind its last.
+        name: Of an initializer; else empty.
+        raw: Where its values are, if they are raw bytes.
+    """
+
+    start: int
+    end: int
+    name: str = ""
+    raw: tuple[int, int] | None = None
+
+
+def spans(model: bytes) -> Iterator[Span]:
+    """Yield the fields of a file, of its graph, and each initializer.
+
+    Raises:
+        DamagedError: if ``model`` is not encoded as protobuf is.
+    """
+    message, at = memoryview(model), 0
+    for number, whole, content in _fields(message):
+        start, at = at, at + len(whole)
+        if number != _GRAPH:
+            yield Span(start, at)
+            continue
+        inner = at - len(content)
+        yield Span(start, inner)
+        for kind, field, tensor in _fields(content):
+            first, inner = inner, inner + len(field)
+            if kind == _INITIALIZER:
+                yield _initializer(tensor, first, inner)
+            else:
+                yield Span(first, inner)
+
+
+def _initializer(tensor: memoryview, start: int, end: int) -> Span:
+    name, raw, at = "", None, end - len(tensor)
+    for number, whole, content in _fields(tensor):
+        at += len(whole)
+        if number == _NAME:
+            name = str(content, "utf-8")
+        elif number == _RAW_DATA:
+            raw = at - len(content), at
+    return Span(start, end, name, raw)
+
+
 def appended(model: bytes, initializers: list[memoryview]) -> list[bytes | memoryview]:
     """Return the pieces of a file that is ``model`` with more initializers.
 
@@ -57,6 +109,17 @@ def appended(model: bytes, initializers: list[memoryview]) -> list[bytes | memor
     protobuf's specification asks for where a field that is not repeated occurs again.
     """
     return [model, _tag(_GRAPH, sum(map(len, initializers))), *initializers]
+
+
+def joined(model: bytes, initializers: list[bytes]) -> bytes:
+    """Return a file that is ``model`` with more initializers, fields of its graph, in that."""
+    pieces: list[bytes | memoryview] = []
+    for number, whole, graph in _fields(memoryview(model)):
+        if number == _GRAPH:
+            pieces += [_tag(_GRAPH, len(graph) + sum(map(len, initializers))), graph, *initializers]
+        else:
+            pieces.append(whole)
+    return b"".join(pieces)
 
 
 def ranks(initializers: list[memoryview]) -> dict[str, int]:
@@ -98,27 +161,12 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
     """Return the number at a position, and the position after it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(message):
-            break
-        byte, at = message[at], at + 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise DamagedError("not an ONNX file, or cut short")
+    try:
+        return varint.read(message, at)
+    except ValueError as error:
+        raise DamagedError("not an ONNX file, or cut short") from error
 
 
 def _tag(number: int, size: int) -> bytes:
     """Return what comes before the content of a field that has a length."""
-    return _encoded(number << 3 | _BYTES) + _encoded(size)
-
-
-def _encoded(value: int) -> bytes:
-    """Return a number as a varint."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    return varint.encoded(number << 3 | _BYTES) + varint.encoded(size)

@@ -36,6 +36,7 @@ from inflora_client.errors import (
     UnavailableError,
 )
 from inflora_client.resources import (
+    Agreement,
     Artifact,
     Calibration,
     CalibrationBin,
@@ -71,6 +72,7 @@ from inflora_client.resources import (
 )
 
 __all__ = [
+    "Agreement",
     "AlreadyExistsError",
     "Artifact",
     "AsyncClient",

@@ -175,10 +175,11 @@ class AsyncClient(ClientBase):
         version: VersionRef = "current",
         artifact: str = DEFAULT_ARTIFACT,
         *,
+        held: Sequence[str] = (),
         to: str | Path = ".",
     ) -> Download:
         """As ``Client.download``."""
-        with self._transfer(version, artifact, to) as transfer:
+        with self._transfer(version, artifact, held, to) as transfer:
             await self._drain(transfer)
             return await asyncio.to_thread(transfer.finish)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,5 +89,7 @@ class ClientBase:
     def _watch(self, task: TaskRef) -> Watch:
         return Watch(self._names.task(task), self._retry)
 
-    def _transfer(self, version: VersionRef, artifact: str, to: str | Path) -> Transfer:
-        return Transfer(self._names.version(version), artifact, Path(to), self._retry)
+    def _transfer(
+        self, version: VersionRef, artifact: str, held: Sequence[str], to: str | Path
+    ) -> Transfer:
+        return Transfer(self._names.version(version), artifact, held, Path(to), self._retry)

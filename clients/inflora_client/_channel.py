@@ -13,7 +13,7 @@ from inflora.v1.model_service_pb2_grpc import ModelServiceStub
 from inflora.v1.predictor_service_pb2_grpc import PredictorServiceStub
 from inflora_client._access import Metadata
 
-_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _MAX_SERVICE_CONFIG_ATTEMPTS = 5  # gRPC treats any higher number as 5
 _LISTS_OF_SERVERS = ("dns:", "ipv4:", "ipv6:")
 _MIN_BACKOFF = 0.01  # a pause that rounds to 0 ms makes gRPC wait for the deadline, not retry
@@ -172,10 +172,10 @@ def channel_options(retry: RetryPolicy, target: str) -> list[tuple[str, Any]]:
         target: What the channel is opened to; see ``is_balanced``.
     """
     options: list[tuple[str, Any]] = [
-        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         # A call that outgrows this buffer (by default 256 KiB, less than one photo) is not retried.
-        ("grpc.per_rpc_retry_buffer_size", _MAX_MESSAGE_BYTES),
+        ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         # By default a failed connection is left alone for a second, so most retries would be lost.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5_000),

@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-ImageSource = bytes | str | os.PathLike[str]
-"""An encoded image file (JPEG, PNG, WebP or BMP), or the path of one."""
+
+class Readable(Protocol):
+    """What gives its bytes when they are needed: ``zipfile.Path``, or a member of an archive."""
+
+    def read_bytes(self) -> bytes:
+        """Return the encoded bytes of an image."""
+
+
+ImageSource = bytes | str | os.PathLike[str] | Readable
+"""An encoded image file (JPEG, PNG, WebP or BMP), the path of one, or what reads as one."""
 
 
 class Example(NamedTuple):
     """A labelled image; a plain ``(image, label)`` tuple does as well.
 
     Attributes:
-        image: Encoded bytes, or a path, which is read only when its turn to be sent comes.
+        image: Encoded bytes, or where they are, which is read only when its turn to be sent comes.
         label: The class, 1 to 200 printable characters. Sent in Unicode normal form NFC.
     """
 
@@ -29,7 +37,11 @@ def read_image(source: ImageSource) -> bytes:
     Raises:
         OSError: The file cannot be read.
     """
-    return source if isinstance(source, bytes) else Path(source).read_bytes()
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str | os.PathLike):
+        return Path(source).read_bytes()
+    return source.read_bytes()
 
 
 async def read_image_async(source: ImageSource) -> bytes:

@@ -160,8 +160,14 @@ def version(message: model_service_pb2.Version) -> resources.Version:
 
 
 def artifact(message: model_service_pb2.Artifact) -> resources.Artifact:
-    """Parse a file's name, size and hash."""
-    return _flat(resources.Artifact, message)
+    """Parse a file's name, size and hash, and how it agrees with ``model.onnx``."""
+    agreement = _optional(message, "agreement")
+    return resources.Artifact(
+        message.name,
+        message.size,
+        message.sha256,
+        agreement and _flat(resources.Agreement, agreement),
+    )
 
 
 def predict_result(message: predictor_service_pb2.PredictResponse) -> resources.PredictResult:

@@ -6,12 +6,14 @@ on the network, so both clients drive it, each with a loop of its own kind.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -217,6 +219,7 @@ class Transfer(Resumable[None]):
     Args:
         version: The version's full name.
         artifact: File name of the artifact.
+        held: SHA-256 of files that a delta may lead from.
         to: Destination: a file, or an existing directory, where the artifact keeps its name.
         policy: When to give up.
 
@@ -226,15 +229,23 @@ class Transfer(Resumable[None]):
 
     rpc = channel.DOWNLOAD_ARTIFACT
 
-    def __init__(self, version: str, artifact: str, to: Path, policy: channel.RetryPolicy) -> None:
+    def __init__(
+        self,
+        version: str,
+        artifact: str,
+        held: Sequence[str],
+        to: Path,
+        policy: channel.RetryPolicy,
+    ) -> None:
         super().__init__(policy)
         self._version = version
         self._artifact_name = artifact
+        self._held = tuple(held)
         name = Path(artifact).name
         if name in ("", ".."):
             raise ValueError(f"{artifact!r} is no name of a file")
         # Never a name that the server gives: it must not say where we write.
-        self._path = to / name if to.is_dir() else to
+        self._path = _replaceable(to / name if to.is_dir() else to)
         self._part = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.part")
         self._file = self._part.open("xb")
         self._hash = hashlib.sha256()
@@ -261,7 +272,10 @@ class Transfer(Resumable[None]):
     def request(self) -> Message:
         """Ask for the bytes from where the last stream broke off."""
         return model_service_pb2.DownloadArtifactRequest(
-            name=self._version, artifact=self._artifact_name, offset=self._received
+            name=self._version,
+            artifact=self._artifact_name,
+            offset=self._received,
+            held=self._held,
         )
 
     def _take(self, response: Any) -> None:
@@ -302,3 +316,15 @@ class Transfer(Resumable[None]):
         self._file.close()
         self._part.replace(self._path)
         return Download(self._path, self._version, found)
+
+
+def _replaceable(path: Path) -> Path:
+    """Return which file is to be replaced: a link leads to it, and stays.
+
+    Raises:
+        OSError: something else is there, such as a device, which whoever may would replace, too.
+    """
+    found = path.resolve() if path.is_symlink() else path
+    if found.exists() and not found.is_file():
+        raise OSError(errno.EINVAL, "is no file that could be replaced", str(path))
+    return found

@@ -250,6 +250,7 @@ class Client(ClientBase):
         version: VersionRef = "current",
         artifact: str = DEFAULT_ARTIFACT,
         *,
+        held: Sequence[str] = (),
         to: str | Path = ".",
     ) -> Download:
         """Download a file of a version and verify its SHA-256.
@@ -259,14 +260,18 @@ class Client(ClientBase):
 
         Args:
             version: The version.
-            artifact: File name as listed in ``Version.artifacts``.
+            artifact: File name as listed in ``Version.artifacts``, smaller forms among them; or
+                ``model.delta``, ``model.fp16.delta`` or ``model.int8.delta``, which lead to one
+                from one of the files ``held`` (docs/edge.md).
+            held: For deltas: SHA-256 of that file of other versions, as far as there are any.
             to: The file to write, or an existing directory, where it keeps its name.
 
         Raises:
             CorruptDownloadError: What arrived is not what the server announced.
+            NotFoundError: There is no such file, or no delta smaller than the whole file.
             OSError: The file cannot be written.
         """
-        with self._transfer(version, artifact, to) as transfer:
+        with self._transfer(version, artifact, held, to) as transfer:
             self._drain(transfer)
             return transfer.finish()
 

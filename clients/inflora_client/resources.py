@@ -372,6 +372,21 @@ class VersionClass:
 
 
 @dataclass(frozen=True, slots=True)
+class Agreement:
+    """How alike two files answer, measured on images of the task that made the version.
+
+    Attributes:
+        images: How many images were compared.
+        top1: Share of them that both name alike.
+        distance: Mean total variation of the probabilities, from 0 (the same) to 1.
+    """
+
+    images: int
+    top1: float
+    distance: float
+
+
+@dataclass(frozen=True, slots=True)
 class Artifact:
     """A file of a version.
 
@@ -379,11 +394,13 @@ class Artifact:
         name: File name, for example ``model.onnx``.
         size: Size in bytes.
         sha256: SHA-256 of the content, 64 lower-case hexadecimal digits.
+        agreement: With ``model.onnx``; of its smaller forms, as a version lists them.
     """
 
     name: str
     size: int
     sha256: str
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from inflora_core.config import PRESETS, Gate, LearnConfig, Limits, Retention, p
 from inflora_core.errors import InfloraError, InvalidInputError
 from inflora_core.logs import Format
 from inflora_service import backbone_source
+from inflora_service.configuring import FILE_VARIABLE, PREFIX, Parser
 from inflora_service.examples import KeepExamples
 from inflora_service.security import SecuritySettings
 from inflora_service.server import HTTP_PORT, Settings, serve
@@ -68,14 +69,21 @@ _GATE_OPTIONS = {
     "distinct": "least share of a new class's images told from any one other class",
     "similar": "the same, but only for a warning in the task's report",
     "canary": "most accuracy on canary images of old classes that may be lost",
+    "fp16": "least share of images named as by model.onnx for model.fp16.onnx to be handed out",
+    "int8": "the same of model.int8.onnx",
+    "form_distance": "most that the probabilities of both may differ by on average",
 }
 """Fields of ``Gate``."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="inflora_service",
         description="A gRPC server for one image classifier that never stops learning.",
+        epilog=f"Each option can also be set by a variable ({PREFIX}KEEP_VERSIONS for "
+        "--keep-versions), or in the table [serve] of a file (keep-versions = 20). Flags come "
+        "before variables, and both before the file. "
+        "Example: inflora serve --store shop --port 50052",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -83,6 +91,19 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(group: Any, name: str, default: object, text: str, **more: Any) -> None:
         group.add_argument(name, default=default, help=text, **more)
+
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"file (TOML) that sets options; also named by {FILE_VARIABLE}",
+    )
+    parser.add_argument(
+        "--show-config",
+        action="store_true",
+        default=False,
+        help="say which options hold, and where each comes from, and end",
+    )
 
     group = parser.add_argument_group("store")
     add(group, "--store", defaults.store, "folder of the store, made if there is none", type=Path)
@@ -96,10 +117,10 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("network")
     add(group, "--host", defaults.host, "address to listen on")
-    add(group, "--port", defaults.port, "port to listen on; 0: any free one", type=int)
+    add(group, "--port", defaults.port, "port to listen on; 0: any free one", type=_port)
     group.add_argument(
         "--health-port",
-        type=_count,
+        type=_port,
         help="port on which health alone is answered, in the clear, for probes that speak no TLS; "
         "0: any free one",
     )
@@ -134,7 +155,19 @@ def _parser() -> argparse.ArgumentParser:
         type=_http_port,
         metavar="PORT",
     )
-    add(group, "--http-host", defaults.http_host, "address for that; it asks for no credentials")
+    add(
+        group,
+        "--http-host",
+        defaults.http_host,
+        "address for that; metrics and probes ask for no credentials",
+    )
+    add(
+        group,
+        "--console",
+        "on",
+        "a page for people on that port, for this machine alone; it asks for what calls do",
+        choices=("on", OFF),
+    )
 
     group = parser.add_argument_group("several servers: one learns, others predict")
     add(
@@ -319,13 +352,15 @@ def _count(text: str) -> int:
     return number
 
 
+def _port(text: str) -> int:
+    """Refuse what is no port: one above 65535 would be taken for what is left of it."""
+    if not text.isdecimal() or not int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, 0 to 65535")
+    return int(text)
+
+
 def _http_port(text: str) -> int | str:
-    if text in ("auto", OFF):
-        return text
-    number = int(text)
-    if not 0 <= number < 2**16:
-        raise ValueError
-    return number
+    return text if text in ("auto", OFF) else _port(text)
 
 
 def _age(text: str) -> float:
@@ -406,6 +441,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         port=arguments.port,
         http_host=arguments.http_host,
         http_port=arguments.http_port,
+        console=arguments.console != OFF,
         log_format=arguments.log_format,
         health_port=getattr(arguments, "health_port", None),
         max_connection_age_seconds=arguments.max_connection_age_seconds,
@@ -458,7 +494,11 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 def main() -> int:
     """Serve until a signal; return the exit status."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments, origins = parser.settled(sys.argv[1:], os.environ)
+    if arguments.show_config:
+        print(parser.shown(arguments, origins))
+        return 0
     logs.configure(
         arguments.log_format,
         arguments.log_level.upper(),

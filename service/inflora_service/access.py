@@ -81,6 +81,9 @@ RULES: dict[str, Role | None] = {
 }
 """The role that each rpc needs, None for anybody. What is not here is refused, whoever asks."""
 
+CONSOLE: dict[str, Role] = {"/console/state": "predict", "/console/predict": "predict"}
+"""The role that each question of the console needs; it is told of tasks as ``RULES`` has it."""
+
 _HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 MOST_HEALTH_WATCHES = 100
 _MOST_HEALTH_CHECKS = 16

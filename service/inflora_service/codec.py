@@ -26,11 +26,13 @@ from inflora_core.errors import (
 )
 from inflora_core.evaluation import Calibration, Evaluation
 from inflora_core.model import (
+    Agreement,
     ClassUpdate,
     Edit,
     Failure,
     FileEntry,
     Forget,
+    Form,
     GateCheck,
     HeldOut,
     Task,
@@ -273,6 +275,7 @@ def encode_task(snapshot: Snapshot, *, report: bool = True) -> pb.Task:
 def encode_version(
     version: Version,
     artifacts: Iterable[FileEntry],
+    forms: Iterable[Form],
     *,
     current: bool,
     provider: str,
@@ -283,6 +286,7 @@ def encode_version(
     Args:
         version: Its manifest.
         artifacts: Its files that are handed out.
+        forms: Smaller forms of ``model.onnx`` that are, too.
         current: Whether it answers calls that name no version.
         provider: What runs it, "" when it is not loaded.
         stand_in: Whether it answers in place of the current version, which is damaged.
@@ -299,7 +303,10 @@ def encode_version(
             )
             for entry in version.classes
         ],
-        artifacts=[encode_artifact(entry) for entry in artifacts],
+        artifacts=[
+            *(encode_artifact(entry) for entry in artifacts),
+            *(encode_artifact(form.file, form.agreement) for form in forms),
+        ],
         provider=provider,
         purged=version.state is VersionState.PURGED,
         pinned=version.pinned,
@@ -310,9 +317,14 @@ def encode_version(
     )
 
 
-def encode_artifact(entry: FileEntry) -> model_pb.Artifact:
-    """Return a version's file as clients see it."""
-    return model_pb.Artifact(name=entry.name, size=entry.size, sha256=entry.sha256)
+def encode_artifact(entry: FileEntry, agreement: Agreement | None = None) -> model_pb.Artifact:
+    """Return a version's file as clients see it, and how it agrees with ``model.onnx``."""
+    artifact = model_pb.Artifact(name=entry.name, size=entry.size, sha256=entry.sha256)
+    if agreement is not None:
+        artifact.agreement.images = agreement.images
+        artifact.agreement.top1 = agreement.top1
+        artifact.agreement.distance = agreement.distance
+    return artifact
 
 
 def encode_answer(answer: Answer, *, embedding: bool) -> predictor_pb.PredictResponse:

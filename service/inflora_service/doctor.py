@@ -8,7 +8,6 @@ is left over, or what the next start puts in order; a NOTE is no fault.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import re
@@ -276,7 +275,7 @@ class _Examination:
             self._tasks = None  # nothing may be taken for dangling
 
     def _read_records(self, copies: Path, remedy: str) -> Iterator[Finding]:
-        _copy_records(self._root, copies)
+        records.copy(self._root, copies)
         reader = TaskRecords(copies)
         try:
             for problem in reader.problems():
@@ -770,24 +769,6 @@ def _relative(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def _copy_records(root: Path, folder: Path) -> None:
-    """Copy the records: to open those of a server that was killed is to write to them."""
-    path = root / records.FILE
-    if path.with_name(f"{path.name}-shm").exists():
-        # A server may be writing, and SQLite knows what belongs together.
-        with (
-            contextlib.closing(
-                sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-            ) as source,
-            contextlib.closing(sqlite3.connect(folder / path.name)) as copy,
-        ):
-            source.backup(copy)
-        return
-    for name in (path.name, f"{path.name}-wal"):
-        if (root / name).exists():
-            shutil.copyfile(root / name, folder / name)
-
-
 def _open_log(root: Path) -> None:
     AuditLog(root)
 
@@ -806,7 +787,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="inflora doctor",
         description="Check a store whose server is stopped.",
-        epilog="Exit status: 0 sound, 1 damage is left, 2 the store cannot be looked at.",
+        epilog="Exit status: 0 sound, 1 damage is left, 2 the store cannot be looked at. "
+        "Example: inflora doctor --repair inflora-store",
     )
     parser.add_argument("store", type=Path, help="folder of the store")
     group = parser.add_mutually_exclusive_group()

@@ -21,6 +21,8 @@ BATCH = 64
 MOST_AT_ONCE = 8
 """Evaluations under way. Each keeps its version in memory, which may be another one for each."""
 
+OnFigures = Callable[[int, Sequence[TaskFigures], bool], None]
+
 
 class Evaluator:
     """Measures versions. What it has to do waits for predictions, never the other way round.
@@ -28,14 +30,15 @@ class Evaluator:
     Args:
         host: Holds the versions.
         limits: What is refused.
-        on_figures: Told how tasks fared whenever the version that answers was measured.
+        on_figures: Told in a thread which version was measured, how its tasks fared, and whether
+            it answers calls that name none.
     """
 
     def __init__(
         self,
         host: Host,
         limits: Limits,
-        on_figures: Callable[[Sequence[TaskFigures]], None] = lambda figures: None,
+        on_figures: OnFigures = lambda version, figures, answering: None,
     ) -> None:
         self._host = host
         self._limits = limits
@@ -91,7 +94,7 @@ class Examination:
         host: Host,
         limits: Limits,
         decoders: Executor,
-        on_figures: Callable[[Sequence[TaskFigures]], None],
+        on_figures: OnFigures,
     ) -> None:
         self.version = loaded.version.number
         self._loaded = loaded
@@ -131,11 +134,12 @@ class Examination:
         """Raise ``InvalidInputError`` unless ``count`` examples have arrived."""
         self._intake.check_count(count)
 
-    async def finish(self, confusions: int) -> Evaluation:
+    async def finish(self, confusions: int, *, keep: bool) -> Evaluation:
         """Classify the rest, and return the figures.
 
         Args:
             confusions: How many kinds of errors to return at most.
+            keep: Whether ``on_figures`` is told: what is kept tells forgetting.
 
         Raises:
             InvalidInputError: there were no examples.
@@ -146,8 +150,9 @@ class Examination:
         if self._pixels:
             await self._classify()
         evaluation = await asyncio.to_thread(self._tally.evaluation, confusions)
-        if self._host.is_current(self.version):
-            self._on_figures(evaluation.tasks)
+        if keep:
+            answering = self._host.is_current(self.version)
+            await asyncio.to_thread(self._on_figures, self.version, evaluation.tasks, answering)
         return evaluation
 
     def _prepare(self, numbered: tuple[int, Example]) -> Floats:

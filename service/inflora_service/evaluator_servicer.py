@@ -10,6 +10,7 @@ from inflora.v1 import evaluator_service_pb2 as pb
 from inflora.v1 import evaluator_service_pb2_grpc
 from inflora_core.config import Limits
 from inflora_service import codec, receiving
+from inflora_service.access import principal
 from inflora_service.errors import Context, fields_under
 from inflora_service.evaluating import Evaluator
 
@@ -34,7 +35,8 @@ class EvaluatorServicer(evaluator_service_pb2_grpc.EvaluatorServiceServicer):
                     self._evaluator.examination(spec.version)
                 )
             await receiving.receive(request_iterator, examination, self._limits)
-            evaluation = await examination.finish(spec.confusions)
+            keep = principal().may("learn")
+            evaluation = await examination.finish(spec.confusions, keep=keep)
         # In a thread: ten thousand classes take tenths of a second.
         encoded = await asyncio.to_thread(codec.encode_evaluation, evaluation, examination.version)
         return pb.EvaluateResponse(evaluation=encoded)

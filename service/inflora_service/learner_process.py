@@ -176,11 +176,14 @@ class LearnerProcess:
         self,
         task: str,
         edit: Edit,
+        gate: Gate,
         parent: int | None,
         on_progress: Callable[[Progress], None],
         traceparent: str = "",
     ) -> int:
         """Have the worker change the class table; return the version as ``learn`` does.
+
+        Of ``gate`` only what decides about smaller forms counts.
 
         Raises:
             InfloraError: as ``learn`` does.
@@ -190,6 +193,7 @@ class LearnerProcess:
             "command": "edit",
             "task": task,
             "edit": change,
+            "gate": gate.model_dump(mode="json"),
             "parent": parent,
             "traceparent": traceparent,
         }

@@ -12,14 +12,13 @@ import platform
 import threading
 import time
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from itertools import accumulate
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
@@ -35,16 +34,19 @@ from prometheus_client.utils import floatToGoString
 
 from inflora_core.config import Limits
 from inflora_core.errors import DamagedError, NotFoundError
-from inflora_core.evaluation import TaskFigures
-from inflora_core.model import Stage, Task, TaskReport, TaskState, Version
+from inflora_core.model import Stage, Task, TaskState
 from inflora_core.store import Store
+from inflora_service.evaluations import Evaluations
 from inflora_service.learner_process import LearnerProcess
+from inflora_service.lineage import Lineage
 from inflora_service.records import TaskRecords
 from inflora_service.serving import Host
 from inflora_service.space import KINDS, Space
 from inflora_service.tasks import TaskQueue
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 OTHER = "other"
 """Stands for every method that is none of ours, whatever it is called."""
@@ -208,9 +210,6 @@ class Recorder(Collector):
 
     Args:
         registry: What the counts are exported by.
-
-    Attributes:
-        evaluated: Accuracy by task, of the last evaluations; at most ``POSITIONS``.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -226,7 +225,6 @@ class Recorder(Collector):
             each: stage.labels(each.value) for each in Stage if each is not Stage.PUBLISHING
         }
         self._restarts = _new_counter(WORKER_ENDS, registry)
-        self.evaluated: OrderedDict[str, float] = OrderedDict()
         registry.register(self)
 
     def meter(self, service: str, method: str) -> Meter:
@@ -261,13 +259,28 @@ class Recorder(Collector):
         """Count a worker that ended by itself."""
         self._restarts.inc()
 
-    def evaluation(self, tasks: Sequence[TaskFigures]) -> None:
-        """Keep how the tasks fared."""
-        for figures in tasks:
-            self.evaluated[figures.task] = figures.accuracy
-            self.evaluated.move_to_end(figures.task)
-        while len(self.evaluated) > POSITIONS:
-            self.evaluated.popitem(last=False)
+    def answered(self, methods: Iterable[tuple[str, str]]) -> list[float]:
+        """Return how many calls of some methods took up to each of ``DURATION``'s bounds, and all.
+
+        Of those that ended well: a refusal takes no time. Methods that were never called are no
+        series because of it.
+        """
+        total = [0.0] * (len(DURATION.buckets) + 1)
+        for method in methods:
+            if (meter := self._meters.get(method)) is not None:
+                counts, _ = meter.answered.read()
+                total = [a + b for a, (_, b) in zip(total, counts, strict=True)]
+        return total
+
+    def failed(self, methods: Iterable[tuple[str, str]]) -> int:
+        """Return how many calls of some methods were refused, failed or given up."""
+        meters = (self._meters.get(method) for method in methods)
+        return sum(meter.failed.count for meter in meters if meter is not None)
+
+    @property
+    def predicted_images(self) -> int:
+        """Images of predictions that the model has classified."""
+        return self._predicted
 
     def collect(self) -> Iterator[Family]:
         """Yield the metrics of calls and of runs."""
@@ -280,7 +293,7 @@ class Recorder(Collector):
         for method, meter in list(self._meters.items()):
             for code, count in list(meter.codes.items()):
                 calls.add_metric((*method, code), count)
-            duration.add_metric(method, *meter.duration.read())
+            duration.add_metric(method, *meter.answered.read(meter.failed))
             in_flight.add_metric(method, meter.in_flight)
         images.add_metric(("predict",), self._predicted)
         images.add_metric(("evaluate",), self._evaluated)
@@ -306,10 +319,22 @@ class Distribution:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def read(self) -> tuple[list[tuple[str, float]], float]:
-        """Return how many values are up to each bound, as Prometheus writes it, and their sum."""
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return sum(self._counts)
+
+    def read(self, other: Distribution | None = None) -> tuple[list[tuple[str, float]], float]:
+        """Return how many values are up to each bound, as Prometheus writes it, and their sum.
+
+        Args:
+            other: One with the same bounds, whose values are added.
+        """
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]
-        return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
+        parts = [self] if other is None else [self, other]
+        counts = map(sum, zip(*(part._counts for part in parts), strict=True))
+        total = sum(part._sum for part in parts)
+        return list(zip(bounds, accumulate(counts), strict=True)), total
 
 
 class Meter:
@@ -317,13 +342,15 @@ class Meter:
 
     Attributes:
         in_flight: Those that have not ended.
-        duration: How long they took, in seconds.
+        answered: How long those took that ended with OK, in seconds.
+        failed: Likewise the others.
         codes: How many have ended with each status code.
     """
 
     def __init__(self) -> None:
         self.in_flight = 0
-        self.duration = Distribution(DURATION.buckets)
+        self.answered = Distribution(DURATION.buckets)
+        self.failed = Distribution(DURATION.buckets)
         self.codes = {"OK": 0}
 
     def begin(self) -> float:
@@ -333,7 +360,8 @@ class Meter:
 
     def end(self, began: float, code: str) -> None:
         """Note that a call has ended, with the name of its status code."""
-        self.duration.add(time.perf_counter() - began)
+        taken = self.answered if code == "OK" else self.failed
+        taken.add(time.perf_counter() - began)
         self.in_flight -= 1
         self.codes[code] = self.codes.get(code, 0) + 1
 
@@ -360,6 +388,8 @@ class Sources:
         space: The disk.
         limits: What is refused.
         host: What answers.
+        lineage: Which version came of which.
+        evaluations: What evaluations have found.
         tasks: The queue.
         records: The tasks.
         learner: The learning worker.
@@ -370,6 +400,8 @@ class Sources:
     space: Space
     limits: Limits
     host: Host
+    lineage: Lineage
+    evaluations: Evaluations
     tasks: TaskQueue | None = None
     records: TaskRecords | None = None
     learner: LearnerProcess | None = None
@@ -383,17 +415,14 @@ class State(Collector):
 
     Args:
         sources: Where the state is.
-        recorder: Keeps the last evaluations.
         registry: What the count of faults is exported by.
     """
 
-    def __init__(self, sources: Sources, recorder: Recorder, registry: CollectorRegistry) -> None:
+    def __init__(self, sources: Sources, registry: CollectorRegistry) -> None:
         self._sources = sources
-        self._recorder = recorder
         self._faults = _new_counter(FAULTS, registry)
-        self._lineage = _Lineage(sources.store)
-        self._disk = _Fresh(lambda: (sources.space.used(), len(sources.store.kept())))
-        self._build = (_release(), platform.python_version(), _onnxruntime())
+        self._disk = Fresh(lambda: (sources.space.used(), len(sources.store.kept())), DISK_SECONDS)
+        self._build = (release(), platform.python_version(), _onnxruntime())
 
     def describe(self) -> Iterator[Family]:
         """Yield the metrics without values: they are known before anything can be read."""
@@ -447,20 +476,31 @@ class State(Collector):
         answering = self._sources.host.answering_now
         if answering is None:
             return
-        report, lessons = self._lineage.of(answering.version)
+        report, learned = answering.version.report, []
+        try:
+            steps = self._sources.lineage.of(answering.version.number)
+            learned = [(each, each.report) for each in steps if each.report is not None]
+            report = learned[-1][1] if learned else None
+        except (DamagedError, NotFoundError) as error:
+            # Without what came before, positions would be other tasks'.
+            log.warning(
+                "what version %d has learned is not told: %s", answering.version.number, error
+            )
         if report is not None:
             yield LEAK, (), report.leak
             yield INTERFERENCE, (), report.interference
             yield CAPACITY, ("mean",), report.capacity
             free = [layer.free_after / layer.dimension for layer in report.layers]
             yield CAPACITY, ("least",), min(free, default=0.0)
-        evaluated = dict(self._recorder.evaluated)
-        numbered = list(enumerate(lessons, 1))
-        for position, lesson in numbered[-POSITIONS:]:
-            if lesson.accuracy is not None:
-                yield ACCURACY, (str(position), "learned"), lesson.accuracy
-            if lesson.task in evaluated:
-                yield ACCURACY, (str(position), "evaluated"), evaluated[lesson.task]
+        evaluated = self._sources.evaluations.newest()
+        numbered = list(enumerate(learned, 1))
+        for position, (step, lesson) in numbered[-POSITIONS:]:
+            if step.forgotten:
+                continue
+            if lesson.held_out_accuracy is not None:
+                yield ACCURACY, (str(position), "learned"), lesson.held_out_accuracy
+            if step.task in evaluated:
+                yield ACCURACY, (str(position), "evaluated"), evaluated[step.task]
 
     def _on_disk(self) -> Iterator[_Sample]:
         space = self._sources.space
@@ -485,71 +525,27 @@ class State(Collector):
 _Sample = tuple[Metric, Sequence[str], float]
 
 
-@dataclass(frozen=True)
-class _Lesson:
-    """A task that a version has learned, and the accuracy that was measured then."""
+class Fresh(Generic[T]):
+    """A value that takes time to find out, and may be some seconds old. Safe for many threads.
 
-    task: str
-    accuracy: float | None
+    Args:
+        find: Finds it out.
+        seconds: How old it may be.
+    """
 
-
-class _Lineage:
-    """What a version has learned, task by task. Each manifest is read once."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._known: dict[int, tuple[int | None, _Lesson | None]] = {}
-        self._last: tuple[int, TaskReport | None, list[_Lesson]] | None = None
-        self._reading = threading.Lock()
-
-    def of(self, version: Version) -> tuple[TaskReport | None, list[_Lesson]]:
-        """Return the report of the last task it has learned, and all it has, oldest first."""
-        with self._reading:
-            if self._last is None or self._last[0] != version.number:
-                try:
-                    self._last = version.number, *self._read(version)
-                except (DamagedError, NotFoundError) as error:
-                    # Without what came before, positions would be other tasks'.
-                    log.warning(
-                        "what version %d has learned is not told: %s", version.number, error
-                    )
-                    return version.report, []
-            return self._last[1:]
-
-    def _read(self, version: Version) -> tuple[TaskReport | None, list[_Lesson]]:
-        report, lessons, number = version.report, [], version.parent
-        here = _lesson_of(version)
-        lessons += [here] if here else []
-        while number is not None:
-            if number not in self._known or report is None:
-                found = self._store.version(number)
-                report = report or found.report
-                self._known[number] = found.parent, _lesson_of(found)
-            number, lesson = self._known[number]
-            lessons += [lesson] if lesson else []
-        return report, lessons[::-1]
-
-
-def _lesson_of(version: Version) -> _Lesson | None:
-    report = version.report
-    return None if report is None else _Lesson(version.task, report.held_out_accuracy)
-
-
-class _Fresh:
-    """A value that takes time to find out, and may be ``DISK_SECONDS`` old."""
-
-    def __init__(self, find: Callable[[], tuple[dict[str, int], int]]) -> None:
+    def __init__(self, find: Callable[[], T], seconds: float) -> None:
         self._find = find
-        self._found: tuple[dict[str, int], int] | None = None
-        self._at = 0.0
+        self._seconds = seconds
+        self._found: tuple[float, T] | None = None
         self._finding = threading.Lock()
 
-    def value(self) -> tuple[dict[str, int], int]:
+    def value(self) -> T:
         """Return it."""
         with self._finding:
-            if self._found is None or time.monotonic() - self._at > DISK_SECONDS:
-                self._found, self._at = self._find(), time.monotonic()
-            return self._found
+            if self._found is None or time.monotonic() - self._found[0] > self._seconds:
+                found = self._find()
+                self._found = time.monotonic(), found
+            return self._found[1]
 
 
 _READ = tuple(
@@ -573,9 +569,9 @@ def new_registry() -> CollectorRegistry:
     return registry
 
 
-def watch(registry: CollectorRegistry, sources: Sources, recorder: Recorder) -> None:
+def watch(registry: CollectorRegistry, sources: Sources) -> None:
     """Have the state of a server exported."""
-    registry.register(State(sources, recorder, registry))
+    registry.register(State(sources, registry))
     if (learner := sources.learner) is not None:
         ProcessCollector(WORKER_PROCESS, lambda: learner.pid or "none", registry=registry)
 
@@ -588,7 +584,8 @@ def _family(metric: Metric) -> GaugeMetricFamily:
     return GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
 
 
-def _release() -> str:
+def release() -> str:
+    """Return which release of this software is running."""
     try:
         return installed("inflora-server")
     except PackageNotFoundError:

@@ -12,12 +12,14 @@ from itertools import islice
 
 from inflora.v1 import model_service_pb2 as pb
 from inflora.v1 import model_service_pb2_grpc
-from inflora_core.errors import DamagedError, NotFoundError, StateError
+from inflora_core import forms
+from inflora_core.errors import DamagedError, InvalidInputError, NotFoundError, StateError
 from inflora_core.model import Version
 from inflora_core.store import ONNX_FILE, Store
 from inflora_service import access, codec, names
 from inflora_service.access import caller
-from inflora_service.artifacts import read_artifact
+from inflora_service.artifacts import cut, read_artifact
+from inflora_service.derived import DELTAS, Derived, DerivedFile
 from inflora_service.errors import Context
 from inflora_service.promoting import ModelHost
 from inflora_service.serving import Host
@@ -47,6 +49,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self._store = store
         self._host = host
         self._changes = changes
+        self._derived = Derived(store)
 
     async def ListVersions(
         self, request: pb.ListVersionsRequest, context: Context
@@ -95,9 +98,24 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         """Stream a file of a version."""
         version = await self._version(request.name)
         name = request.artifact or ONNX_FILE
+        if request.held and name not in DELTAS:
+            raise InvalidInputError(f"it is for {', '.join(DELTAS)} alone", field="held")
+        if name in DELTAS:
+            made = await self._derived.delta(version.number, name, request.held)
+        elif form := forms.form_of(name):
+            made = await self._derived.form(version.number, form)
+        else:
+            made = None
+        if made is not None:
+            async for response in self._stream(version, made, request.offset):
+                yield response
+            return
         if name != ONNX_FILE:
             # Statistics of customers' images, and what the next task is learned with.
-            access.require("learn", f"{name} needs the role 'learn', only {ONNX_FILE} does not")
+            access.require(
+                "learn",
+                f"{name} needs the role 'learn', as {ONNX_FILE}, its forms and deltas do not",
+            )
         path = await asyncio.to_thread(self._store.path, version.number, name)
         entry = version.file(name)
         assert entry is not None, "Store.path refuses what the manifest does not list"
@@ -119,6 +137,20 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             # It is not damaged if it was deleted meanwhile, with a class or because it is old.
             await asyncio.to_thread(self._store.path, version.number, name)
             raise
+
+    async def _stream(
+        self, version: Version, made: DerivedFile, position: int
+    ) -> AsyncIterator[pb.DownloadArtifactResponse]:
+        response = pb.DownloadArtifactResponse(
+            artifact=codec.encode_artifact(made.entry), version=names.version_name(version.number)
+        )
+        for chunk in cut(made.content, made.entry, position):
+            # A class may be forgotten while somebody reads slowly.
+            await asyncio.to_thread(self._derived.check, version.number)
+            response.data, response.offset = chunk, position
+            yield response
+            position += len(chunk)
+            response = pb.DownloadArtifactResponse()
 
     def _changing(self) -> Changes:
         if self._changes is None:
@@ -154,6 +186,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         return codec.encode_version(
             version,
             self._store.artifacts(version),
+            self._store.forms(version),
             current=self._host.is_current(version.number),
             provider=self._host.provider(version.number),
             stand_in=version.number == self._host.stand_in,

@@ -1,9 +1,11 @@
 """Task records in SQLite: what was acknowledged outlives a power cut.
 
     tasks(seq, id, request_id, state, record)
+    scores(version, task, images, accuracy, answering, time)
 
 ``record`` is a ``Snapshot`` as JSON; the other columns are copies of its task's fields to search
-by. All methods block: call them through ``asyncio.to_thread``.
+by. ``scores`` has the figures of evaluations, by task and never by class: none names one. Older
+releases pass over it. All methods block: call them through ``asyncio.to_thread``.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import contextlib
 import hashlib
 import json
 import logging
+import shutil
 import sqlite3
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,27 @@ class Snapshot:
 _SNAPSHOT = TypeAdapter(Snapshot)
 
 
+@dataclass(frozen=True)
+class Score:
+    """How images of a task fared when a version was evaluated last, answering or not.
+
+    Attributes:
+        version: Number of the version.
+        task: The task that taught the images' classes.
+        images: How many there were.
+        accuracy: Share of right answers, all classes competing.
+        answering: Whether the version answered calls that name none.
+        time: When that was.
+    """
+
+    version: int
+    task: str
+    images: int
+    accuracy: float
+    answering: bool
+    time: datetime
+
+
 def content_hash(content: Any) -> str:
     """Return the hash of something that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -71,6 +96,19 @@ _SCHEMA = f"""
     CREATE INDEX IF NOT EXISTS tasks_state ON tasks (state);
     PRAGMA user_version = {FORMAT};
 """
+
+_SCORES = """
+    CREATE TABLE IF NOT EXISTS scores (
+        version INTEGER NOT NULL,
+        task TEXT NOT NULL,
+        images INTEGER NOT NULL,
+        accuracy REAL NOT NULL,
+        answering INTEGER NOT NULL,
+        time TEXT NOT NULL,
+        PRIMARY KEY (version, task, answering)
+    ) STRICT, WITHOUT ROWID
+"""
+"""Of no format of its own: an older release that finds it goes on as if it were not there."""
 
 _UNFINISHED = [state.value for state in TaskState if not state.ended]
 
@@ -111,6 +149,7 @@ class TaskRecords:
                 )
             if number < FORMAT:
                 self._connection.executescript(_SCHEMA)
+            self._connection.execute(_SCORES)
 
     def close(self) -> None:
         """Close the file; no method may be called afterwards."""
@@ -225,6 +264,62 @@ class TaskRecords:
         )
         return [self._decode(record).task for (record,) in rows]
 
+    def scores(self) -> list[Score]:
+        """Return the figures of evaluations, oldest first.
+
+        Raises:
+            DamagedError: the file is not what SQLite wrote.
+        """
+        rows = self._execute(
+            "SELECT version, task, images, accuracy, answering, time FROM scores ORDER BY time", ()
+        )
+        try:
+            return [
+                Score(version, task, images, share, bool(answering), datetime.fromisoformat(time))
+                for version, task, images, share, answering, time in rows
+            ]
+        except ValueError as error:
+            raise DamagedError(f"{self._path} cannot be read: {error}") from error
+
+    def keep_scores(self, scores: Sequence[Score], versions: int) -> None:
+        """Replace the figures of an evaluation, and let those of other versions go.
+
+        Args:
+            scores: Of each task that was measured.
+            versions: Of how many versions figures are kept: those that were evaluated last.
+
+        Raises:
+            LimitExceededError: the disk is full.
+            UnavailableError: the disk cannot be used.
+        """
+        rows = [
+            (each.version, each.task, each.images, each.accuracy, each.answering, str(each.time))
+            for each in scores
+        ]
+        with self._lock, self._translated(), self._connection as transaction:
+            transaction.execute("BEGIN IMMEDIATE")
+            transaction.executemany("REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?)", rows)
+            transaction.execute(
+                "DELETE FROM scores WHERE version NOT IN "
+                "(SELECT version FROM scores GROUP BY version "
+                "ORDER BY version = ? DESC, MAX(time) DESC LIMIT ?)",
+                # First what is new, also where the clock was set back.
+                (scores[-1].version, versions),
+            )
+
+    def drop_scores(self, tasks: Collection[str]) -> None:
+        """Let the figures of some tasks go; what is left of them in the file, ``scrub`` takes.
+
+        Raises:
+            LimitExceededError: the disk is full.
+            UnavailableError: the disk cannot be used.
+        """
+        with self._lock, self._translated(), self._connection as transaction:
+            transaction.execute("BEGIN IMMEDIATE")
+            transaction.executemany(
+                "DELETE FROM scores WHERE task = ?", [(task,) for task in tasks]
+            )
+
     def redact(self, names: Collection[str], task: str) -> None:
         """Take names of classes out of the records of all tasks that have ended, and of ``task``.
 
@@ -299,6 +394,33 @@ class TaskRecords:
             if isinstance(error, sqlite3.IntegrityError):
                 raise
             raise DamagedError(f"{self._path} cannot be read: {error}") from error
+
+
+def copy(root: Path, folder: Path) -> None:
+    """Copy the records of a store: to open those of a server that was killed is to write to them.
+
+    Args:
+        root: The store's folder, in which nothing is changed.
+        folder: Where the copy goes.
+
+    Raises:
+        sqlite3.Error: they cannot be read.
+        OSError: likewise.
+    """
+    path = root / FILE
+    if path.with_name(f"{path.name}-shm").exists():
+        # A server may be writing, and SQLite knows what belongs together.
+        with (
+            contextlib.closing(
+                sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+            ) as source,
+            contextlib.closing(sqlite3.connect(folder / path.name)) as copied,
+        ):
+            source.backup(copied)
+        return
+    for name in (path.name, f"{path.name}-wal"):
+        if (root / name).exists():
+            shutil.copyfile(root / name, folder / name)
 
 
 def _encode(snapshot: Snapshot) -> str:

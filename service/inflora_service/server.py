@@ -18,7 +18,7 @@ from typing import Literal
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import make_wsgi_app
 
 from inflora.oip.v2 import open_inference_pb2, open_inference_pb2_grpc
 from inflora.v1 import (
@@ -53,8 +53,10 @@ from inflora_service.access import AccessInterceptor
 from inflora_service.auditing import AuditTrail
 from inflora_service.backbone_source import BackboneSource
 from inflora_service.codec import receive_bytes
+from inflora_service.console import Console, Rules
 from inflora_service.errors import ErrorInterceptor
 from inflora_service.evaluating import Evaluator
+from inflora_service.evaluations import Evaluations
 from inflora_service.evaluator_servicer import EvaluatorServicer
 from inflora_service.examples import Examples, KeepExamples
 from inflora_service.following import Follower, FollowingHost
@@ -62,12 +64,14 @@ from inflora_service.health import Health
 from inflora_service.health_port import health_server
 from inflora_service.learner_process import LearnerProcess
 from inflora_service.learner_servicer import LearnerServicer
+from inflora_service.lineage import Lineage
 from inflora_service.model_servicer import Changes, ModelServicer
 from inflora_service.observing import ObservingInterceptor
 from inflora_service.oip_servicer import OipServicer
 from inflora_service.predictor_servicer import PredictorServicer
 from inflora_service.promoting import ModelHost
 from inflora_service.publishing import Publisher
+from inflora_service.pulse import Pulse
 from inflora_service.records import TaskRecords
 from inflora_service.reloading import keep_fresh
 from inflora_service.resuming import Uploads
@@ -124,6 +128,7 @@ class Settings:
         http_host: Address on which metrics and probes are answered by HTTP.
         http_port: Port for that; 0 takes any free one. ``auto`` takes ``HTTP_PORT``, and goes on
             without where it is taken; ``off`` answers none.
+        console: Whether the console is there, too.
         log_format: Of the learning worker's log; the server's own is set up by who starts it.
         health_port: Port on which health alone is answered, in the clear; None for no such port, 0
             for any free one.
@@ -166,6 +171,7 @@ class Settings:
     port: int = 50051
     http_host: str = "127.0.0.1"
     http_port: int | Literal["auto", "off"] = "auto"
+    console: bool = True
     log_format: Format = "text"
     health_port: int | None = None
     max_connection_age_seconds: float = 0.0
@@ -224,6 +230,7 @@ class Server:
         self._undo = AsyncExitStack()
         self._lost: FencedError | None = None
         self._over = asyncio.Event()
+        self._console: Console | None = None
 
     async def start(self) -> None:
         """Take the store and the port, and serve. Nothing stays behind if that fails.
@@ -296,7 +303,8 @@ class Server:
             on_run=recorder.ran,
         )
         undo.callback(host.close)
-        evaluator = Evaluator(host, settings.limits, recorder.evaluation)
+        evaluations = await asyncio.to_thread(Evaluations, records)
+        evaluator = Evaluator(host, settings.limits, evaluations.add)
         undo.callback(evaluator.close)
         learner = LearnerProcess(
             self._worker_command(),
@@ -314,8 +322,13 @@ class Server:
             self._security.access.queued_tasks,
             on_ended=recorder.ended,
         )
-        sources = metrics.Sources(store, space, settings.limits, host, tasks, records, learner)
-        metrics.watch(self._registry, sources, recorder)
+        self._watch(
+            metrics.Sources(
+                *(store, space, settings.limits, host, Lineage(store), evaluations),
+                *(tasks, records, learner),
+            ),
+            undo,
+        )
         self.host, self.tasks = host, tasks
         if publisher:
             undo.push_async_callback(publisher.stop)  # last: it may wait for what it puts
@@ -347,6 +360,7 @@ class Server:
         undo.callback(self._health.end)
         self.address = address
         log.info("listening on %s", address)
+        await asyncio.to_thread(_warn_of_bundled, store.root)
 
     async def _start_following(self, undo: AsyncExitStack) -> None:
         settings = self._settings
@@ -369,7 +383,8 @@ class Server:
             on_run=recorder.ran,
         )
         undo.callback(host.close)
-        evaluator = Evaluator(host, settings.limits, recorder.evaluation)
+        evaluations = Evaluations()
+        evaluator = Evaluator(host, settings.limits, evaluations.add)
         undo.callback(evaluator.close)
         self.host = host
         follower = self.follower = Follower(
@@ -380,10 +395,10 @@ class Server:
         )
         space = Space(replica, settings.limits)
         sources = metrics.Sources(
-            *(replica, space, settings.limits, host),
+            *(replica, space, settings.limits, host, Lineage(replica), evaluations),
             following=lambda: metrics.Following(follower.version, follower.lag_seconds),
         )
-        metrics.watch(self._registry, sources, recorder)
+        self._watch(sources, undo)
         undo.push_async_callback(follower.stop)  # after the drain: it may wait for what it fetches
         undo.push_async_callback(server.stop, settings.drain_seconds)
         self._set_answering(False)
@@ -438,8 +453,15 @@ class Server:
             undo.push_async_callback(asyncio.to_thread, traces.close)
         recorder = metrics.Recorder(self._registry)
         server, address = self._bind(recorder, traces)
-        self.http_address = self._answer_http(self._registry, undo)
+        self.http_address = self._answer_http(recorder, undo)
         return recorder, server, address
+
+    def _watch(self, sources: metrics.Sources, undo: AsyncExitStack) -> None:
+        """Have metrics and console show the server's state from now on."""
+        metrics.watch(self._registry, sources)
+        if self._console is not None:
+            self._console.watch(sources, predicts=self._settings.role != "learner")
+            undo.callback(self._console.stop)
 
     def _bind(
         self, recorder: metrics.Recorder, traces: Tracing | None
@@ -469,8 +491,8 @@ class Server:
         credentials = certificates.credentials() if certificates else None
         return server, _listen(server, settings.host, settings.port, "port", credentials)
 
-    def _answer_http(self, registry: CollectorRegistry, undo: AsyncExitStack) -> str:
-        """Answer metrics and probes; return where.
+    def _answer_http(self, recorder: metrics.Recorder, undo: AsyncExitStack) -> str:
+        """Answer metrics and probes, and the console's questions; return where.
 
         Raises:
             UnavailableError: the port that was asked for cannot be had.
@@ -479,13 +501,18 @@ class Server:
         if asked == "off":
             return ""
         routes = {
-            "/metrics": web.few(make_wsgi_app(registry)),
+            "/metrics": web.few(make_wsgi_app(self._registry)),
             "/healthz": web.text(partial(_is_alive, asyncio.get_running_loop())),
             "/readyz": web.text(self._is_ready),
         }
+        posts = {}
+        console = self._new_console(recorder) if settings.console else None
+        if console is not None:
+            routes |= console.routes()
+            posts = console.posts()
         try:
             server = web.WebServer(
-                settings.http_host, HTTP_PORT if asked == "auto" else asked, routes
+                settings.http_host, HTTP_PORT if asked == "auto" else asked, routes, posts
             )
         except UnavailableError as error:
             if asked != "auto" or not web.is_taken(error):
@@ -494,7 +521,16 @@ class Server:
             return ""
         undo.callback(server.close)
         log.info("metrics on http://%s/metrics", server.address)
+        if console is not None:
+            log.info("console on http://%s/", server.address)
+        self._console = console
         return server.address
+
+    def _new_console(self, recorder: metrics.Recorder) -> Console:
+        settings = self._settings
+        rules = Rules(settings.http_host, settings.security.insecure)
+        pulse = Pulse(recorder)
+        return Console(self._security.access, recorder, pulse, rules, metrics.release())
 
     def _is_ready(self, query: Mapping[str, str]) -> tuple[HTTPStatus, str]:
         """Say of a service what gRPC health says of it."""
@@ -691,6 +727,16 @@ def _check_address(host: str, port: int) -> None:
     except OSError as error:
         faults.append(error)
     raise UnavailableError(f"cannot listen on {host}:{port}: {faults[0].strerror}", field="port")
+
+
+def _warn_of_bundled(store: Path) -> None:
+    made_from = backbone_source.read(store)
+    if made_from and made_from.source == backbone_source.DEFAULT:
+        log.warning(
+            "the backbone of this store is the bundled one, which sees 32 x 32 pixels and is for "
+            "trying out; for real work make a store with another: inflora serve --store shop "
+            "--backbone vit_base_patch16_224.augreg_in21k (timm's hub), or a weights file"
+        )
 
 
 async def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:

@@ -491,9 +491,15 @@ class TaskQueue:
     @property
     def progress(self) -> Progress | None:
         """How far the task is that is being worked on; None if none is. For any thread."""
+        running = self.running
+        return running.progress if running else None
+
+    @property
+    def running(self) -> Snapshot | None:
+        """The task that is being worked on; None if none is. For any thread."""
         for live in list(self._live.values()):
             if live.task.state is TaskState.LEARNING:
-                return live.progress
+                return live.snapshot
         return None
 
     async def get(self, task: str) -> Snapshot:
@@ -819,7 +825,7 @@ class TaskQueue:
         task = live.task
         if task.edit is not None:
             return await self._learner.edit(
-                task.id, task.edit, live.base, live.on_progress, task.traceparent
+                task.id, task.edit, self._gate, live.base, live.on_progress, task.traceparent
             )
         return await self._learner.learn(
             task.id,
@@ -841,6 +847,8 @@ class TaskQueue:
                     return version
                 # Names go from the manifests last: nowhere else is it written what they were.
                 names |= await asyncio.to_thread(self._store.names_of, version.forgets)
+                emptied = await asyncio.to_thread(self._store.emptied_tasks)
+                await asyncio.to_thread(self._records.drop_scores, emptied)
                 await asyncio.to_thread(
                     self._examples.purge, version.forgets, names, self._store.manifests()
                 )

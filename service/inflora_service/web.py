@@ -1,4 +1,4 @@
-"""HTTP beside gRPC: what operators and their tools read. A table of routes, GET only.
+"""HTTP beside gRPC: what operators, their tools and the console read. A table of routes.
 
 The event loop accepts connections; a few threads do the rest, so that nothing that is asked here
 holds up a call. Why it is not a web framework: docs/decisions/0009-http-beside-grpc.md.
@@ -12,8 +12,10 @@ import errno
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs
@@ -24,11 +26,20 @@ from inflora_core.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
-THREADS = 4
-"""Requests at a time; more wait."""
+THREADS = 12
+"""Requests at a time; more wait. More than those that may take their time, together."""
 
 REQUEST_SECONDS = 10.0
 """How long a client may take with its request, and with what it is answered."""
+
+UPLOAD_SECONDS = 120.0
+"""How much longer one may take that sends something; silence ends it after ``REQUEST_SECONDS``."""
+
+DROP_SECONDS = 2.0
+"""How long what was not wanted is still read, so that its sender reads why."""
+
+DROP_BYTES = 32 * 2**20
+"""How much of it."""
 
 MOST_CONNECTIONS = 64
 """At a time; more are closed: each holds a descriptor, which calls need, too."""
@@ -46,7 +57,7 @@ def text(page: Page) -> WSGIApplication:
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         query = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
         status, content = page({name: values[0] for name, values in query.items()})
-        return _say(start_response, status, content)
+        return say(start_response, status, content)
 
     return answer
 
@@ -57,7 +68,8 @@ class WebServer:
     Args:
         host: Address to listen on.
         port: Port to listen on; 0 takes any free one.
-        routes: What answers, by path.
+        routes: What answers GET, by path.
+        posts: What answers POST, by path.
 
     Attributes:
         address: Where it listens, ``host:port``.
@@ -66,10 +78,16 @@ class WebServer:
         UnavailableError: the address cannot be had.
     """
 
-    def __init__(self, host: str, port: int, routes: Mapping[str, WSGIApplication]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        routes: Mapping[str, WSGIApplication],
+        posts: Mapping[str, WSGIApplication] | None = None,
+    ) -> None:
         try:
             family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            self._server = _Server(family, where, _by_route(routes))
+            self._server = _Server(family, where, _by_route({"GET": routes, "POST": posts or {}}))
         except OSError as error:
             raise UnavailableError(
                 f"cannot listen on {host}:{port} for HTTP: {error.strerror}", field="http_port"
@@ -120,7 +138,8 @@ class _Server(WSGIServer):
             connection.close()
             return
         self._open[connection] = self._loop.call_later(REQUEST_SECONDS, _hang_up, connection)
-        self._threads.submit(self._serve, connection, address)
+        serving = self._threads.submit(self._serve, connection, address)
+        serving.add_done_callback(partial(_close_unserved, connection))
 
     def _serve(self, connection: socket.socket, address: Any) -> None:
         try:
@@ -133,6 +152,17 @@ class _Server(WSGIServer):
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._forget, connection)
             self.shutdown_request(connection)
+
+    def prolong(self, connection: socket.socket) -> None:
+        """Give a client time to send something; for any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._prolong, connection)
+
+    def _prolong(self, connection: socket.socket) -> None:
+        if timer := self._open.get(connection):
+            timer.cancel()
+            seconds = UPLOAD_SECONDS + REQUEST_SECONDS
+            self._open[connection] = self._loop.call_later(seconds, _hang_up, connection)
 
     def _forget(self, connection: socket.socket) -> None:
         if timer := self._open.pop(connection, None):
@@ -152,9 +182,42 @@ class _Requests(WSGIRequestHandler):
     """Reads requests, and does not log them."""
 
     timeout = REQUEST_SECONDS
+    server: _Server
+    _sends = False
+
+    def parse_request(self) -> bool:
+        understood = super().parse_request()
+        self._sends = understood and self.command == "POST"
+        if self._sends:
+            self.server.prolong(self.connection)
+        return understood
+
+    def finish(self) -> None:
+        super().finish()
+        if self._sends:
+            _drop_rest(self.connection)
 
     def log_message(self, format: str, *args: object) -> None:
         pass  # probes and scrapes come every few seconds
+
+
+def _drop_rest(connection: socket.socket) -> None:
+    """Read what still comes: to close before that would take the answer away from its reader."""
+    left, end = DROP_BYTES, time.monotonic() + DROP_SECONDS
+    with contextlib.suppress(OSError):  # it is gone, or slow
+        connection.shutdown(socket.SHUT_WR)
+        while left > 0 and (seconds := end - time.monotonic()) > 0:
+            connection.settimeout(seconds)
+            dropped = len(connection.recv(2**16))
+            if not dropped:
+                return
+            left -= dropped
+
+
+def _close_unserved(connection: socket.socket, serving: Future[None]) -> None:
+    """Close a connection that no thread has got round to when the server ends."""
+    if serving.cancelled():
+        connection.close()
 
 
 def _hang_up(connection: socket.socket, how: int = socket.SHUT_RDWR) -> None:
@@ -168,7 +231,7 @@ def few(app: WSGIApplication, most: int = SCRAPES) -> WSGIApplication:
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if not room.acquire(blocking=False):
-            return _say(start_response, HTTPStatus.SERVICE_UNAVAILABLE, "too many at a time\n")
+            return say(start_response, HTTPStatus.SERVICE_UNAVAILABLE, "too many at a time\n")
         try:
             return list(app(environ, start_response))
         finally:
@@ -177,35 +240,61 @@ def few(app: WSGIApplication, most: int = SCRAPES) -> WSGIApplication:
     return answer
 
 
-def _by_route(routes: Mapping[str, WSGIApplication]) -> WSGIApplication:
+def _by_route(routes: Mapping[str, Mapping[str, WSGIApplication]]) -> WSGIApplication:
+    """Return what answers by method and path."""
+
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
             # Else the server's header is of Python, with its version.
             return start_response(status, [*headers, ("Server", "inflora")], *error)
 
-        if environ["REQUEST_METHOD"] != "GET":
-            return _say(start, HTTPStatus.METHOD_NOT_ALLOWED, "only GET\n", ("Allow", "GET"))
-        route = routes.get(environ["PATH_INFO"])
-        if route is None:
-            there = "".join(f"{path}\n" for path in sorted(routes))
-            return _say(start, HTTPStatus.NOT_FOUND, f"there are:\n{there}")
+        path = environ["PATH_INFO"]
+        answers = {method: paths[path] for method, paths in routes.items() if path in paths}
+        method = environ["REQUEST_METHOD"]
+        if not answers and method == "GET":
+            there = "".join(f"{path}\n" for path in sorted(routes["GET"]))
+            return say(start, HTTPStatus.NOT_FOUND, f"there are:\n{there}")
+        if method not in answers:
+            allowed = ", ".join(answers) or "GET"
+            wrong = f"only {allowed}\n"
+            return say(start, HTTPStatus.METHOD_NOT_ALLOWED, wrong, ("Allow", allowed))
         try:
-            return route(environ, start)
+            return answers[method](environ, start)
         except Exception:
-            log.exception("%s cannot be answered", environ["PATH_INFO"])
-            return _say(start, HTTPStatus.INTERNAL_SERVER_ERROR, "see the server's log\n")
+            log.exception("%s cannot be answered", path)
+            return say(start, HTTPStatus.INTERNAL_SERVER_ERROR, "see the server's log\n")
 
     return answer
 
 
-def _say(
+def say(
     start_response: StartResponse, status: HTTPStatus, content: str, *headers: tuple[str, str]
 ) -> Iterable[bytes]:
-    kind = ("Content-Type", "text/plain; charset=utf-8")
+    """Answer with plain text."""
+    return respond(start_response, status, content.encode(), "text/plain; charset=utf-8", *headers)
+
+
+def respond(
+    start_response: StartResponse,
+    status: HTTPStatus,
+    content: bytes,
+    kind: str,
+    *headers: tuple[str, str],
+) -> Iterable[bytes]:
+    """Answer with anything.
+
+    Args:
+        start_response: Takes status and headers.
+        status: What became of the request.
+        content: What it is answered with.
+        kind: Its media type.
+        headers: More of them.
+    """
     start_response(
-        f"{status.value} {status.phrase}", [kind, ("X-Content-Type-Options", "nosniff"), *headers]
+        f"{status.value} {status.phrase}",
+        [("Content-Type", kind), ("X-Content-Type-Options", "nosniff"), *headers],
     )
-    return [content.encode()]
+    return [content]
 
 
 def is_taken(error: UnavailableError) -> bool:

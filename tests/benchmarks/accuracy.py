@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from rich.table import Table
 
 from inflora_core import bundled, durable, evaluation
 from inflora_core.backbone import Backbone, create_backbone
+from inflora_core.compute import Precision, halves
 from inflora_core.config import preset
 from tests.benchmarks import figures, layouts, runs, teaching
 from tests.benchmarks.checkout import ROOT, commit
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add("--std", type=float, help="another deviation for all channels")
     add("--seed", type=int, default=0, help="which images are for testing, where data has no split")
     add("--device", default="auto", help="auto, cpu or cuda")
+    add("--precision", default="float32", choices=get_args(Precision), help="of training")
     add("--threads", type=int, help="of torch (default: all)")
     add("--out", help="default: build/accuracy")
     add("--docs", default=str(DOCS), help="the file with the marks to write the tables between")
@@ -177,6 +179,7 @@ def planned(
                     images.digest,
                     backbone,
                     code if row in TRAINED else frozen_code,
+                    half=row in TRAINED and halves(options.precision, torch.device(options.device)),
                 )
 
 

@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -46,7 +48,7 @@ from inflora_core.predictor import processors
 from inflora_core.progress import Tracker
 from inflora_core.spool import SpoolWriter
 from inflora_core.store import Store
-from inflora_core.training import Images, differentiate, optimizer_for
+from inflora_core.training import Images, optimizer_for, recorded
 from inflora_core.worker import Worker, device_of
 from tests.benchmarks import accuracy as accuracy_benchmark
 from tests.benchmarks import teaching
@@ -56,7 +58,6 @@ from tests.benchmarks.serving.scene import machine
 
 TINY, BASE = "deit_tiny_patch16_224", "vit_base_patch16_224"
 PARTS = ("step", "task", "tasks", "group", "accuracy")
-EPOCHS = (1, 2, 5, 10)
 PUBLISHED_SECONDS = 5 * 126
 """Five tasks of the published code on two cores such as ours, which ended at PUBLISHED_ACCURACY."""
 PUBLISHED_ACCURACY = 0.601
@@ -113,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=400, help="of the task that is measured by stages")
     add("--tasks", type=int, default=50, help="how many until the last is compared with the second")
     add("--seeds", default="0", help="orders of the classes of the stream, for its accuracy")
+    add("--epochs", type=int, nargs="*", default=[1, 2, 5, 10], help="likewise")
     add("--write", action="store_true", help="put the table into docs/benchmarks.md")
     add("--member", action="store_true", help=argparse.SUPPRESS)
     return result
@@ -125,6 +127,11 @@ def code() -> str:
     core = Path(inflora_core.__file__).parent
     paths = [Path(__file__), *(core / f"{name}.py" for name in ("backbone", "worker", "export"))]
     return "".join(teaching.code_digest(path)[:16] for path in paths)
+
+
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """Return those that the device is made for."""
+    return ("float32", "bfloat16") if halves("auto", device) else ("float32",)
 
 
 def device_name(options: argparse.Namespace) -> str:
@@ -141,11 +148,12 @@ def part_step(options: argparse.Namespace, record: Record) -> Found:
     batch = options.batch or (128 if options.device == "cuda" else 32)
     steps: Found = {}
     for architecture in (TINY, BASE):
-        for half in (False, True) if halves("auto", device) else (False,):
+        for precision in precisions(device):
+            half = precision == "bfloat16"
             rounds = options.rounds if architecture == TINY else max(options.rounds // 3, 3)
             key = {"part": "step", "architecture": architecture, "half": half, "batch": batch}
             compute = Compute(device, half)
-            steps[f"{architecture}, {'bfloat16' if half else 'float32'}"] = record.take(
+            steps[f"{architecture}, {precision}"] = record.take(
                 key | {"rounds": rounds}, partial(step, architecture, compute, batch, rounds)
             )
     # What the hardware is for: the small model on processors, the large one on a GPU.
@@ -187,21 +195,27 @@ def step(architecture: str, compute: Compute, batch: int, rounds: int) -> Found:
         free = list(head.parameters())
         optimizer = optimizer_for(expansions, free, config)
 
-        def train() -> None:
-            everything = images, nothing
-            differentiate(backbone, head, everything, [*expansions, *free], config, compute)
-            optimizer.step()
+        def trainer(compute: Compute) -> Callable[[], None]:
+            differentiate = recorded(backbone, head, [*expansions, *free], config, compute)
+
+            def train() -> None:
+                differentiate((images, nothing))
+                optimizer.step()
+
+            return train
+
+        train = trainer(compute)
 
         # Plain weights, as if branches were merged: that is what predicting costs.
         frozen = {name: branch.qkv for name, branch in branches.items()}
         with merged(backbone, frozen):
             forward()
             own_forward()
-        train()
-        with FlopCounterMode(display=False) as counter:
+        reset_peak(compute.device)
+        for _ in range(2):  # a GPU's step is recorded in the second
             train()
-        if compute.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        with FlopCounterMode(display=False) as counter:
+            trainer(replace(compute, record=False))()
         times: dict[str, list[float]] = {"forward": [], "own_forward": [], "step": []}
         for _ in range(rounds):
             with merged(backbone, frozen):
@@ -266,20 +280,26 @@ def matrix_peak(compute: Compute) -> float:
 def part_task(options: argparse.Namespace, record: Record) -> Found:
     """All of a task, stage by stage, after one that made everything warm."""
     on_cpu = options.device == "cpu"
-    plan = {TINY: (options.images, 5)} if on_cpu else {BASE: (5000, 20), TINY: (options.images, 5)}
+    rounds = 3 if on_cpu else 1
+    plan = {} if on_cpu else {BASE: {"images": 5000, "epochs": 20, "batch_size": 128}}
+    plan[TINY] = {"images": options.images, "epochs": 5, "batch_size": 32}
     result = {}
-    for architecture, (images, epochs) in plan.items():
-        key = {"part": "task", "architecture": architecture, "images": images, "epochs": epochs}
+    for architecture, sizes in plan.items():
         result[architecture] = record.take(
-            key | {"rounds": 3 if on_cpu else 1},
-            partial(task, options, architecture, images, epochs, 3 if on_cpu else 1),
+            {"part": "task", "architecture": architecture, "rounds": rounds, **sizes},
+            partial(task, options, architecture, rounds, **sizes),
         )
     first = next(iter(result.values()))
     return {"non_step_share": first["non_step_share"], "task": result}
 
 
 def task(
-    options: argparse.Namespace, architecture: str, images: int, epochs: int, rounds: int
+    options: argparse.Namespace,
+    architecture: str,
+    rounds: int,
+    images: int,
+    epochs: int,
+    batch_size: int,
 ) -> Found:
     """Return medians of a task's stages."""
     runs = []
@@ -287,7 +307,7 @@ def task(
         school = School(Path(name), architecture, options)
         school.learn(images=32, epochs=1)
         for _ in range(rounds):
-            runs.append(school.learn(images, epochs))
+            runs.append(school.learn(images, epochs, batch_size=batch_size))
     stages = {stage: median(run["stages"][stage] for run in runs) for stage in runs[0]["stages"]}
     total = median(run["seconds"] for run in runs)
     return {
@@ -300,6 +320,7 @@ def task(
         "peak_gigabytes": max(run["peak_gigabytes"] for run in runs),
         "images": images,
         "epochs": epochs,
+        "batch_size": batch_size,
     }
 
 
@@ -328,11 +349,11 @@ class School:
         """Learn ``images`` of ten new classes on top of the newest version."""
         self._tasks += 1
         spool = self._folder / f"spool-{self._tasks}"
-        with SpoolWriter(spool) as writer:
-            for i in range(images):
-                writer.add(
-                    random_jpeg(self._tasks * 10_000 + i, self._size), f"{self._tasks}-{i % 10}"
-                )
+        first = self._tasks * 10_000
+        with SpoolWriter(spool) as writer, ThreadPoolExecutor(processors()) as pool:
+            pictures = pool.map(partial(random_jpeg, self._size), range(first, first + images))
+            for i, picture in enumerate(pictures):
+                writer.add(picture, f"{self._tasks}-{i % 10}")
             writer.finish()
         numbers = self.store.numbers()
         reset_peak(self._device)
@@ -465,11 +486,12 @@ def part_accuracy(options: argparse.Namespace, record: Record) -> Found:
         print("skipped: no stream beside the checkout")
         return {}
     table = {
-        str(epochs): record.take(
-            {"part": "accuracy", "epochs": epochs, "seeds": options.seeds},
-            partial(accuracy, options, epochs),
+        f"{epochs}, {precision}": record.take(
+            {"part": "accuracy", "epochs": epochs, "seeds": options.seeds, "precision": precision},
+            partial(accuracy, options, epochs, precision),
         )
-        for epochs in EPOCHS
+        for epochs in options.epochs
+        for precision in precisions(device_of(options.device))
     }
     met = [row for row in table.values() if row["final_accuracy"] >= PUBLISHED_ACCURACY]
     return {
@@ -481,15 +503,17 @@ def part_accuracy(options: argparse.Namespace, record: Record) -> Found:
     }
 
 
-def accuracy(options: argparse.Namespace, epochs: int) -> Found:
+def accuracy(options: argparse.Namespace, epochs: int, precision: str) -> Found:
     """Learn the stream as five tasks."""
     command = ["--rows", "default", "--tasks", "5", "--seeds", options.seeds, "--no-docs"]
     command += ["--no-study", "--epochs", str(epochs), "--device", options.device]
+    command += ["--precision", precision]
     command += ["--threads", str(torch.get_num_threads()), "--out", str(options.out / "accuracy")]
     accuracy_benchmark.main(command)
     whole = json.loads((options.out / "accuracy" / "results.json").read_text())
     return {
         "final_accuracy": float(np.mean([run["final"] for run in whole["runs"]])),
+        "final_accuracies": [run["final"] for run in whole["runs"]],
         "seconds": float(np.mean([run["seconds"] for run in whole["runs"]])),
         "orders": len(whole["runs"]),
     }
@@ -515,7 +539,7 @@ def random_images(backbone: Backbone, count: int, classes: int) -> LabelledImage
     return LabelledImages(images, np.arange(count) % classes, tuple(map(str, range(classes))))
 
 
-def random_jpeg(seed: int, size: tuple[int, int]) -> bytes:
+def random_jpeg(size: tuple[int, int], seed: int) -> bytes:
     """Return a picture of soft noise, as compressible as a photo."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (size[0] // 8, size[1] // 8, 3), np.uint8))
@@ -527,6 +551,7 @@ def random_jpeg(seed: int, size: tuple[int, int]) -> bytes:
 def reset_peak(device: torch.device) -> None:
     """Forget the largest memory so far."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
@@ -535,7 +560,8 @@ def reset_peak(device: torch.device) -> None:
 def peak_gigabytes(device: torch.device) -> float:
     """Return the largest memory since ``reset_peak``: of the GPU, or of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        # What a recorded step works with is reserved, and not allocated while it is played back.
+        return torch.cuda.max_memory_reserved() / 2**30
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
@@ -561,7 +587,10 @@ def shown(summary: Found) -> str:
     if "task" in summary:
         lines += table_of(
             "a task of",
-            ["images", "epochs", "seconds", "non_step_share", "peak_gigabytes"],
+            [
+                *("images", "epochs", "batch_size", "seconds", "training_images_per_second"),
+                *("non_step_share", "peak_gigabytes"),
+            ],
             summary["task"],
         )
         stages = {name: row["stages"] for name, row in summary["task"].items()}
@@ -574,7 +603,9 @@ def shown(summary: Found) -> str:
     if plain:
         lines += table_of("", list(plain), {"": plain})
     if "accuracy" in summary:
-        lines += table_of("epochs", ["final_accuracy", "seconds", "orders"], summary["accuracy"])
+        lines += table_of(
+            "epochs, precision", ["final_accuracy", "seconds", "orders"], summary["accuracy"]
+        )
     return "\n".join(lines)
 
 

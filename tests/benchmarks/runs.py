@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from inflora_core import durable
 from inflora_core.backbone import Backbone, state_of
+from inflora_core.compute import Compute
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.images import decode
 from inflora_core.model import ContinualModel, LabelledImages
@@ -78,6 +79,7 @@ class Plan:
         data: Digest of the images at model size.
         backbone: Digest of weights and preprocessing.
         code: Digest of the method.
+        half: Whether training multiplies in bfloat16.
     """
 
     row: str
@@ -87,6 +89,7 @@ class Plan:
     data: str
     backbone: str
     code: str
+    half: bool = False
 
     @property
     def name(self) -> str:
@@ -231,6 +234,7 @@ def _train(plan: Plan, bench: Bench, folder: Path, sizes: list[int]) -> None:
     images, order = bench.images, class_order(len(bench.images.names), plan.order)
     position = np.argsort(order)
     config = LearnConfig.model_validate(plan.settings)
+    compute = Compute(next(bench.backbone.module.parameters()).device, plan.half)
     done = finished_tasks(folder)
     model = bench.blank
     if done:
@@ -259,8 +263,8 @@ def _train(plan: Plan, bench: Bench, folder: Path, sizes: list[int]) -> None:
             else teaching.features_of(bench.backbone, model, data.images, BATCH)
         )
         model, report = teaching.teach(
-            model, bench.backbone, data, f"task-{number + 1}", config
-        )  # fmt: skip
+            model, bench.backbone, data, f"task-{number + 1}", config, compute
+        )
         expected = [images.names[i] for i in order[:end]]
         if teaching.classes_of(model) != expected:
             raise RuntimeError(f"the model's classes are {teaching.classes_of(model)}")

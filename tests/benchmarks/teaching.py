@@ -23,6 +23,7 @@ import inflora_core
 from inflora_core import gate
 from inflora_core import model as plain_data
 from inflora_core.backbone import Backbone
+from inflora_core.compute import Compute
 from inflora_core.config import Gate, LearnConfig
 from inflora_core.heads import novelty_shares
 from inflora_core.learner import class_bytes, learn_task, load_weights
@@ -43,6 +44,7 @@ METHOD = (
     "merge",
     "model",
     "moments",
+    "recording",
     "sparing",
     "subspace",
     "training",
@@ -107,12 +109,17 @@ def _with_protected(model: ContinualModel, count: int | None) -> ContinualModel:
 
 
 def teach(
-    model: ContinualModel, backbone: Backbone, data: LabelledImages, task: str, config: LearnConfig
+    model: ContinualModel,
+    backbone: Backbone,
+    data: LabelledImages,
+    task: str,
+    config: LearnConfig,
+    compute: Compute,
 ) -> tuple[ContinualModel, dict[str, Any]]:
     """Learn one task; return the new state and what the figures need of the report."""
     tracker = Tracker()
     start = time.monotonic()
-    learned = learn_task(model, backbone, data, task, config, tracker)
+    learned = learn_task(model, backbone, data, task, config, tracker, compute=compute)
     tracker.finish()
     report = learned.report
     return learned.model, {

@@ -138,7 +138,10 @@ def test_figures_of_swaps() -> None:
         "during": {"latency": {"p99": 3.0}, "errors": {"UNAVAILABLE": 2}},
         "after": {"latency": {"p99": 2.0}, "errors": {"INTERNAL": 1}},
         "swaps": 200,
-        "resident_bytes": [50] * 19 + [100] * 180 + [104],
+        "resident_bytes": [50] * 10
+        + [80, 100, 120, 90, 110] * 2
+        + [100] * 170
+        + [104, 94, 114, 104, 104] * 2,
     }
     assert figures.of_swaps(found) == {
         "swaps": 200,

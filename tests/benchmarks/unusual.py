@@ -26,6 +26,7 @@ import torch
 
 from inflora_core import bundled
 from inflora_core.backbone import Backbone, create_backbone
+from inflora_core.compute import Compute
 from inflora_core.config import preset
 from inflora_core.model import ContinualModel, LabelledImages
 from tests.benchmarks import layouts, runs, teaching
@@ -68,7 +69,7 @@ class Stream:
         names = tuple(part.name for part in classes)
         data = LabelledImages(np.concatenate(images), labels.astype(np.int64), names)
         config = preset("default").updated(**self.settings)
-        return teaching.teach(model, self.backbone, data, f"task-{model.tasks}", config)
+        return teaching.teach(model, self.backbone, data, f"task-{model.tasks}", config, Compute())
 
     def accuracy(
         self,

@@ -388,6 +388,22 @@ class Model(model_grpc.ModelServiceServicer):
         self.peer.promote(version.name)
         return model.PromoteVersionResponse(version=version)
 
+    def PinVersion(
+        self, request: model.PinVersionRequest, context: grpc.ServicerContext
+    ) -> model.PinVersionResponse:
+        self.peer.arrive("PinVersion", request, context)
+        version = self.peer.find("version", request.name, context)
+        version.pinned = True
+        return model.PinVersionResponse(version=version)
+
+    def UnpinVersion(
+        self, request: model.UnpinVersionRequest, context: grpc.ServicerContext
+    ) -> model.UnpinVersionResponse:
+        self.peer.arrive("UnpinVersion", request, context)
+        version = self.peer.find("version", request.name, context)
+        version.pinned = False
+        return model.UnpinVersionResponse(version=version)
+
     def DownloadArtifact(
         self, request: model.DownloadArtifactRequest, context: grpc.ServicerContext
     ) -> Iterator[model.DownloadArtifactResponse]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ class TestEdits:
     def test_shows_what_is_purged(self, run: Run, peer: Peer) -> None:
         peer.add_version().purged = True
         peer.add_version()
-        rows = [row.split()[:2] for row in run("versions").stdout.splitlines()[1:]]
+        rows = [row.split()[:2] for row in run("versions", "--flat").stdout.splitlines()[1:]]
         assert rows == [["2", "current"], ["1", "purged"]]
 
 
@@ -187,7 +188,7 @@ class TestLearn:
 
     def test_refuses_an_unknown_class(self, run: Run, pets: Path) -> None:
         line = error_line(run("learn", pets, "--classes", "cow"), 2)
-        assert line.startswith("inflora: no sub-folder for cow; there are")
+        assert line.startswith(f"inflora: no class cow in {pets}; there are")
 
     def test_reports_a_failed_task(self, run: Run, peer: Peer, pets: Path) -> None:
         failed = task_pb2.Task(name="models/default/tasks/t1", state="TASK_STATE_FAILED")
@@ -195,7 +196,7 @@ class TestLearn:
         peer.watches.append([failed])
         (pets / "dog" / "notes.txt").unlink()
         line = error_line(run("learn", pets), 1)
-        assert line == "inflora: task t1 ended as FAILED: the learner died"
+        assert line.startswith("inflora: task t1 ended as FAILED: the learner died; mend")
 
     def test_shows_why_a_task_is_held_back(self, run: Run, peer: Peer, pets: Path) -> None:
         held_back = task_pb2.Task()
@@ -247,8 +248,8 @@ class TestPredict:
         for name in ("a", "b"):
             (tmp_path / name).write_bytes(b"[label] " + name.encode())
         header, first, second = run("predict", tmp_path / "a", tmp_path / "b").stdout.splitlines()
-        assert header.split() == ["file", "label", "probability", "version"]
-        assert first.split() == [str(tmp_path / "a"), "[label]", "a", "0.7500", "1"]
+        assert header.split() == ["file", "label", "probability", "novelty", "version"]
+        assert first.split() == [str(tmp_path / "a"), "[label]", "a", "0.7500", "0.250", "1"]
         assert second.split()[2] == "b"
 
     def test_prints_json_lines(self, run: Run, peer: Peer, tmp_path: Path) -> None:
@@ -272,7 +273,157 @@ class TestPredict:
             status("INVALID_ARGUMENT", "no image", fields={"images[0]": "is empty"})
         )
         line = error_line(run("predict", tmp_path / "a"), 1)
-        assert line == f"inflora: {tmp_path / 'a'}: no image (images[0]: is empty)"
+        assert line.startswith(f"inflora: {tmp_path / 'a'}: no image: is empty; leave it out")
+
+    def test_asks_for_many_images_at_once(self, run: Run, peer: Peer, pets: Path) -> None:
+        peer.add_version()
+        (pets / "notes.txt").write_text("no image")
+        result = run("predict", pets, "--json")
+        files = [Path(answer["file"]).relative_to(pets) for answer in lines(result)]
+        assert [unicodedata.normalize("NFC", str(file)) for file in files] == [
+            "Käfer, rot/1.bmp",
+            "cat/1.png",
+            "cat/2.JPG",
+            "dog/1.webp",
+        ]
+        (call,) = peer.calls["Predict"]
+        assert len(call.images) == 4
+
+    def test_shows_answers_as_they_arrive(self, run: Run, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        for number in range(70):
+            (tmp_path / f"{number:02}.png").write_bytes(b"cat")
+        result = run("predict", tmp_path)
+        assert [len(call.images) for call in peer.calls["Predict"]] == [32, 32, 6]
+        header, *rows = result.stdout.splitlines()
+        assert header.split()[0] == "file"
+        assert [Path(row.split()[0]).name for row in rows] == [f"{n:02}.png" for n in range(70)]
+        assert len({row.index("cat") for row in rows}) == 1, "one table to look at"
+
+    def test_large_images_go_into_calls_of_their_own(
+        self, run: Run, peer: Peer, tmp_path: Path
+    ) -> None:
+        peer.add_version()
+        for number in range(3):
+            (tmp_path / f"{number}.png").write_bytes(b"x" * (5 << 20))
+        assert len(lines(run("predict", tmp_path, "--json"))) == 3
+        assert [len(call.images) for call in peer.calls["Predict"]] == [1, 1, 1]
+
+    def test_takes_an_image_over_stdin(self, peer: Peer) -> None:
+        peer.add_version()
+        arguments = ["--server", peer.address, "predict", "-", "--json"]
+        (answer,) = lines(CliRunner().invoke(app, arguments, input=b"a cat"))
+        assert answer["file"] == "-"
+        assert peer.calls["Predict"][0].images == [b"a cat"]
+
+    def test_takes_names_over_stdin(self, peer: Peer, pets: Path) -> None:
+        peer.add_version()
+        names = f"{pets}/cat/2.JPG\r\n\n{pets}/dog\n"
+        arguments = ["--server", peer.address, "predict", "--list", "-", "--json"]
+        found = lines(CliRunner().invoke(app, arguments, input=names))
+        assert [answer["file"] for answer in found] == [
+            f"{pets}/cat/2.JPG",
+            f"{pets}/dog/1.webp",
+        ]
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["predict", "--list", "."], "--list is for names that come over stdin"),
+            (["predict", "-", "-"], "'-' is given more than once"),
+            (["predict", "empty"], "empty: holds no .bmp"),
+        ],
+    )
+    def test_refuses_what_means_no_image(
+        self,
+        run: Run,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        words: list[str],
+        message: str,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "empty").mkdir()
+        assert message in error_line(run(*words), 2)
+
+    def refuse(self, peer: Peer, *numbers: int) -> None:
+        """The first calls of the peer name these images, one each."""
+        peer.failures["Predict"] += [
+            status("INVALID_ARGUMENT", "no image", fields={f"images[{n}]": "no image"})
+            for n in numbers
+        ]
+
+    def test_answers_what_comes_before_an_image_that_is_refused(
+        self, run: Run, peer: Peer, pets: Path
+    ) -> None:
+        peer.add_version()
+        files = [pets / "cat" / "1.png", pets / "dog" / "1.webp", pets / "cat" / "2.JPG"]
+        self.refuse(peer, 1)
+        result = run("predict", *files, "--json")
+        assert result.exit_code == 1
+        assert [json.loads(line)["file"] for line in result.stdout.splitlines()] == [str(files[0])]
+        assert result.stderr.startswith(f"inflora: {files[1]}: no image; leave it out")
+
+    def test_goes_on_without_images_if_it_is_told_to(
+        self, run: Run, peer: Peer, pets: Path, tmp_path: Path
+    ) -> None:
+        peer.add_version()
+        files = [pets / "cat" / "1.png", pets / "dog" / "1.webp", pets / "cat" / "2.JPG"]
+        names = tmp_path / "names"
+        names.write_text("\n".join([str(files[0]), "gone.png", *map(str, files[1:])]))
+        self.refuse(peer, 2, 0)
+        arguments = ["--server", peer.address, "predict", "--list", "-", "--keep-going"]
+        result = CliRunner().invoke(app, [*arguments, "--json"], input=names.read_bytes())
+        assert result.exit_code == 1
+        assert [json.loads(line)["file"] for line in result.stdout.splitlines()] == [str(files[1])]
+        unread, *refused, end = result.stderr.splitlines()
+        assert unread.startswith("inflora: gone.png: no such file")
+        assert refused == [f"inflora: {files[2]}: no image", f"inflora: {files[0]}: no image"]
+        assert end == "inflora: 3 images or folders were not answered: see above"
+
+    def test_an_image_that_cannot_be_read_ends_it_after_those_before(
+        self, peer: Peer, pets: Path
+    ) -> None:
+        peer.add_version()
+        arguments = ["--server", peer.address, "predict", "--list", "-", "--json"]
+        result = CliRunner().invoke(app, arguments, input=f"{pets}/cat/1.png\ngone.png\n")
+        assert result.exit_code == 2
+        assert len(result.stdout.splitlines()) == 1
+        assert "gone.png: no such file" in result.stderr
+
+    def test_goes_on_without_folders_that_cannot_be_read_or_hold_nothing(
+        self, run: Run, peer: Peer, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        peer.add_version()
+        (tmp_path / "empty").mkdir()
+        photos = tmp_path / "photos"
+        photos.mkdir()
+        (photos / "1.png").write_bytes(b"cat")
+        monkeypatch.chdir(photos)
+        for _ in range(20):  # what lies deeper than a path can say is unreadable to anybody
+            os.mkdir("x" * 250)
+            os.chdir("x" * 250)
+        monkeypatch.chdir(tmp_path)
+        files = [pets / "cat" / "1.png", photos / "1.png", pets / "dog" / "1.webp"]
+        words = [files[0], "empty", photos, files[2]]
+        result = run("predict", "--keep-going", "--json", *words)
+        assert result.exit_code == 1
+        answered = [json.loads(line)["file"] for line in result.stdout.splitlines()]
+        assert answered == [str(file) for file in files]
+        empty, unread, end = result.stderr.splitlines()
+        assert empty.startswith("inflora: empty: holds no .bmp")
+        assert unread.startswith(f"inflora: {photos}/xxx")
+        assert "name too long" in unread
+        assert end == "inflora: 2 images or folders were not answered: see above"
+        stopped = run("predict", "--json", *words[2:])
+        assert stopped.exit_code == 2
+        assert [json.loads(line)["file"] for line in stopped.stdout.splitlines()] == answered[1:2]
+
+    def test_what_is_refused_of_all_images_names_none(
+        self, run: Run, peer: Peer, pets: Path
+    ) -> None:
+        peer.failures["Predict"].append(status("INVALID_ARGUMENT", "top_k is too large"))
+        assert error_line(run("predict", pets, "--keep-going"), 1) == "inflora: top_k is too large"
 
 
 class TestEvaluate:
@@ -378,9 +529,40 @@ class TestVersions:
     def test_shows_and_forces_a_candidate(self, run: Run, peer: Peer) -> None:
         peer.add_version().candidate = True
         peer.add_version()
-        assert run("versions").stdout.splitlines()[2].split()[:2] == ["1", "candidate"]
+        rows = run("versions", "--flat").stdout.splitlines()
+        assert rows[2].split()[:2] == ["1", "candidate"]
         assert run("promote", "--force", 1).stdout.splitlines()[1].split()[:2] == ["1", "current"]
         assert peer.calls["PromoteVersion"][0].force
+
+    def test_shows_the_lineage(self, run: Run, peer: Peer) -> None:
+        assert "no versions yet" in run("versions").stderr
+        parents = {2: 1, 3: 2, 4: 2, 5: 4, 6: 3, 7: 5, 8: 6, 9: 3, 10: 2}
+        for number in range(1, 11):
+            version = peer.add_version()
+            if number in parents:
+                version.parent = f"models/default/versions/{parents[number]}"
+        peer.promote("models/default/versions/7")
+        shown = run("versions").stdout
+        facts = re.compile(r"  (1 class|task t\d+|2027-\S+ \S+)")
+        assert [facts.sub("", row) for row in shown.splitlines()] == [
+            "1",
+            "2",
+            "├── 3  from 2",
+            "│   ├── 6  from 3",
+            "│   └── 8",
+            "├── 9  from 3",
+            "└── 10  from 2",
+            "4  from 2",
+            "5",
+            "7  current",
+        ]
+
+    def test_a_hundred_versions_in_a_row_are_a_list(self, run: Run, peer: Peer) -> None:
+        for _ in range(100):
+            peer.add_version()
+        del peer.versions["models/default/versions/1"]  # the parent of the oldest may be gone
+        rows = run("versions").stdout.splitlines()
+        assert [row.split()[0] for row in rows] == [str(n) for n in range(2, 101)]
 
     def test_exports(self, run: Run, peer: Peer, tmp_path: Path) -> None:
         peer.add_version()
@@ -392,6 +574,13 @@ class TestVersions:
         assert file["version"] == "models/default/versions/2"
         assert (tmp_path / "m.onnx").read_bytes() == peer.content
 
+    def test_exports_a_smaller_form(self, run: Run, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        (file,) = lines(run("export", "--form", "int8", "--output", tmp_path, "--json"))
+        assert peer.calls["DownloadArtifact"][0].artifact == "model.int8.onnx"
+        assert Path(file["path"]).parent == tmp_path
+        assert "int4" in run("export", "--form", "int4").stderr
+
 
 class TestErrors:
     def test_what_the_server_refuses(self, run: Run) -> None:
@@ -402,6 +591,24 @@ class TestErrors:
     def test_a_file_that_cannot_be_written(self, run: Run, peer: Peer, tmp_path: Path) -> None:
         peer.add_version()
         assert "gone" in error_line(run("export", "--output", tmp_path / "gone" / "m"), 2)
+
+    def test_what_is_no_file_is_not_replaced(self, run: Run, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        os.mkfifo(tmp_path / "pipe")
+        for name in ("pipe", "to-pipe"):
+            if name == "to-pipe":
+                (tmp_path / name).symlink_to("pipe")
+            assert "no file" in error_line(run("export", "--output", tmp_path / name), 2)
+        assert (tmp_path / "pipe").is_fifo()
+        assert {path.name for path in tmp_path.iterdir()} == {"pipe", "to-pipe"}
+
+    def test_a_link_stays_one(self, run: Run, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        (tmp_path / "file").write_bytes(b"before")
+        (tmp_path / "link").symlink_to("file")
+        assert run("export", "--output", tmp_path / "link").exit_code == 0
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "file").read_bytes() == peer.content
 
     def test_wrong_usage(self, run: Run) -> None:
         assert run("learn").exit_code == 2
@@ -419,9 +626,6 @@ class TestErrors:
         monkeypatch.setenv("INFLORA_SERVER", "localhost:1")
         assert run("--server", peer.address, "tasks").exit_code == 0
         assert run("tasks", "--server", peer.address).exit_code == 0
-
-    def test_the_help_explains_exit_codes(self, run: Run) -> None:
-        assert "3 the server cannot be reached" in run("--help").stdout
 
 
 class TestServe:

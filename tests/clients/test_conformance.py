@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -402,6 +403,17 @@ class TestPredict:
                 *client.predict_stream([[b"a"]], return_embedding=wanted),
             ]
             assert [answer.predictions[0].embedding for answer in answers] == [expected] * 2
+
+    def test_takes_what_can_be_read(self, client: Client, peer: Peer, tmp_path: Path) -> None:
+        peer.add_version()
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+            archive.writestr("cat.png", b"cat")
+        with zipfile.ZipFile(tmp_path / "images.zip") as archive:
+            image = zipfile.Path(archive, "cat.png")
+            assert client.predict([image]).predictions[0].label == "cat"
+            client.learn([(image, "cat")])
+        (_, batch, _) = peer.calls["LearnTask"][0]
+        assert batch.examples.examples[0].image == b"cat"
 
     def test_is_retried_however_large_the_images(self, client: Client, peer: Peer) -> None:
         peer.failures["Predict"] += [status("UNAVAILABLE")] * 2

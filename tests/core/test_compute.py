@@ -197,32 +197,82 @@ def test_a_loss_that_is_no_number_ends_training(bad: float) -> None:
         losses.look()
 
 
-def test_a_gpu_is_not_waited_for(backbone: Backbone, before: ContinualModel) -> None:
-    """Within an epoch nothing synchronises with the device."""
+@pytest.fixture
+def cuda(backbone: Backbone) -> Iterator[torch.device]:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")
+    backbone.module.to("cuda")
+    yield torch.device("cuda")
+    backbone.module.cpu()
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("record", [False, True])
+def test_a_gpu_is_not_waited_for(
+    backbone: Backbone,
+    before: ContinualModel,
+    cuda: torch.device,
+    record: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within an epoch nothing synchronises with the device."""
     from inflora_core import training
 
-    device = torch.device("cuda")
-    original: Callable[..., Any] = training.differentiate
+    make: Callable[..., Any] = training.recorded
     calls = []
 
-    def watched(*args: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            calls.append(1)
-            return original(*args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def watched(*args: Any) -> Callable[[Any], Tensor]:
+        differentiate = make(*args)
 
-    backbone.module.to(device)
-    training.differentiate = watched
-    try:
-        teach(before, backbone, ["blue", "white"], Compute(device))
-    finally:
-        training.differentiate = original
-        backbone.module.cpu()
-    assert calls
+        def run(batch: Any) -> Tensor:
+            calls.append(1)
+            # The first is a rehearsal, the second is recorded.
+            torch.cuda.set_sync_debug_mode("error" if len(calls) > 2 else "default")
+            try:
+                return differentiate(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    monkeypatch.setattr(training, "recorded", watched)
+    teach(before, backbone, ["blue", "white"], Compute(cuda, record=record))
+    assert len(calls) > 4
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_steps_that_are_played_back_learn_the_same(
+    backbone: Backbone, before: ContinualModel, cuda: torch.device, half: bool
+) -> None:
+    """The last batch of an epoch is smaller, and computed as it comes."""
+    plain, played = (
+        teach(before, backbone, ["blue", "white"], Compute(cuda, half, record=record))
+        for record in (False, True)
+    )
+    assert_alike(played, plain, 1e-4)
+    np.testing.assert_allclose(
+        played.report.epoch_losses, plain.report.epoch_losses, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_a_step_that_cannot_be_recorded_is_computed(
+    backbone: Backbone,
+    before: ContinualModel,
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = teach(before, backbone, ["blue", "white"], Compute(cuda, record=False))
+
+    def capture(graph: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    compute = Compute(cuda)
+    learned = teach(before, backbone, ["blue", "white"], compute)
+    assert "steps are not recorded: CUDA out of memory" in caplog.text
+    assert compute.most == Compute().most
+    assert_alike(learned, plain, 1e-4)
 
 
 def test_the_worker_tells_of_memory_and_takes_the_next_task(

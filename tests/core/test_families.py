@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from inflora_core.backbone import build_backbone, state_of
-from inflora_core.compute import Compute
+from inflora_core.compute import Compute, halves
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import DamagedError, StateError, UnsupportedBackboneError
 from inflora_core.images import decode
@@ -26,7 +27,7 @@ from inflora_core.predictor import Predictor, RuntimeOptions
 from inflora_core.progress import Tracker
 from inflora_core.spool import read_spool
 from inflora_core.store import ONNX_FILE, Store
-from inflora_core.worker import PARITY_IMAGES, Worker
+from inflora_core.worker import PARITY_IMAGES, Worker, make_deterministic
 from tests.core import tiny
 from tests.core.test_backbone import FAMILIES, write
 
@@ -241,12 +242,25 @@ def test_a_worker_learns_on_any_version(tmp_path: Path) -> None:
         assert entries[0] == entries[1], "being warm makes no difference"
 
 
-def test_a_seed_decides_every_byte_of_a_version(tmp_path: Path) -> None:
+@pytest.fixture(params=["cpu", "cuda"])
+def compute(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compute]:
+    """As a server has it that was started with ``--learn-deterministic``."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # put back afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    make_deterministic()
+    device = torch.device(request.param)
+    yield Compute(device, halves("auto", device))
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_seed_decides_every_byte_of_a_version(tmp_path: Path, compute: Compute) -> None:
     """In two stores, by two workers; only what is told of the time it took may differ."""
     kept = []
     for side in ("left", "right"):
         store = Store.open(tmp_path / side / "store")
-        worker = Worker(store, Compute(), 1)
+        worker = Worker(store, compute, 1)
         (tmp_path / side).mkdir(exist_ok=True)
         worker.prepare(str(tiny.write_backbone(tmp_path / side)), None)
         for number, labels in enumerate(TASKS):

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.lacking import skip_or_fail
+
 GOLDEN = Path(os.environ.get("GOLDEN") or Path(__file__).parents[3] / "shared" / "golden")
-REQUIRED = "GOLDEN_REQUIRED" in os.environ
-"""Set by ``make test-golden``, which must not pass having compared nothing."""
 
 
 def load(name: str) -> Mapping[str, Any]:
     path = GOLDEN / name
     if not path.exists():
-        reason = f"no {name} in {GOLDEN}; name the folder with GOLDEN="
-        pytest.fail(reason) if REQUIRED else pytest.skip(reason)
+        skip_or_fail(f"no {name} in {GOLDEN}; name the folder with GOLDEN=", "GOLDEN_REQUIRED")
     with np.load(path) as archive:
         return {key: archive[key] for key in archive.files}
 

@@ -343,6 +343,14 @@ async def test_artifacts(start: Callable[..., Any], settings: Any) -> None:
         await download(running, name=name, offset=-1)
     with fails("OUT_OF_RANGE", "OUT_OF_RANGE", field="offset"):
         await download(running, name=name, offset=2**40)
+    known = "0" * 64
+    with fails(*INVALID, field="held"):
+        await download(running, name=name, held=[known])
+    for held, field in (([], "held"), ([known] * 17, "held"), ([known, "ABC"], "held[1]")):
+        with fails(*INVALID, field=field):
+            await download(running, name=name, artifact="model.delta", held=held)
+    with fails(*NOT_FOUND, field="held"):
+        await download(running, name=name, artifact="model.delta", held=[known])
     await assert_unharmed(running)
 
 

@@ -196,12 +196,22 @@ def contents(folder: Path) -> Mapping[str, tuple[int, str]]:
     }
 
 
-async def test_nothing_is_kept(running: Running) -> None:
-    before = contents(running.settings.store)
-    await evaluate(running, mixed(BATCH + 3), version=version(2))
+async def test_nothing_is_kept_but_figures(running: Running) -> None:
+    store = running.settings.store
+    before = contents(store)
     with fails(*IMAGE, field="examples[1].image"):
         await evaluate(running, [(png(), "red"), (b"", "red")])
-    assert contents(running.settings.store) == before
+    assert contents(store) == before, "of what is refused, nothing at all"
+    examples = [*mixed(BATCH + 3), (png(), "a class of nobody")]
+    await evaluate(running, examples, version=version(2))
+    after = contents(store)
+    changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
+    kept = [Path(name) for name in changed]
+    assert {path.name for path in kept} <= {"tasks.sqlite-wal", "tasks.sqlite-shm"}
+    for path in kept:
+        content = path.read_bytes()
+        assert not [label for label in ("grey", "nobody", "white") if label.encode() in content]
+        assert b"IDAT" not in content
     listed = await running.learner.ListTasks(learner_pb.ListTasksRequest())
     assert not listed.tasks
 

@@ -173,7 +173,7 @@ async def test_a_connection_ends_with_its_age_and_no_call_does(
         ("--backbone", "  ", "name a backbone"),
         ("--max-connection-age-seconds", "-1", "invalid"),
         ("--max-connection-age-seconds", "nan", "invalid"),
-        ("--health-port", "-1", "invalid"),
+        ("--health-port", "-1", "no port"),
     ],
 )
 def test_values_that_are_refused_at_once(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import re
 import signal
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -22,7 +24,9 @@ from inflora.v1 import model_service_pb2 as model_pb
 from inflora.v1 import predictor_service_pb2 as pb
 from inflora_core.model import TaskState
 from inflora_service import metrics
-from inflora_service.metrics import METRICS, OTHER, POSITIONS, Distribution, Metric, Recorder
+from inflora_service.evaluations import Evaluations
+from inflora_service.lineage import Lineage
+from inflora_service.metrics import METRICS, OTHER, Distribution, Metric
 from inflora_service.server import METHODS, Settings
 from tests.service.conftest import BLUE, GREEN, RED, WHITE, Running, Script, png
 from tests.service.scraping import scrape
@@ -216,16 +220,10 @@ async def test_the_accuracy_of_old_versions_is_that_of_their_tasks(
     await running.model.PromoteVersion(promote)
     accuracy = (await scrape(running)).families["inflora_task_accuracy_ratio"].samples
     assert [sample.labels["position"] for sample in accuracy] == ["1", "2", "3"]
-    recorder = Recorder(metrics.new_registry())
-    figures = [_figures(f"task {number}") for number in range(POSITIONS + 5)]
-    recorder.evaluation(figures)
-    assert list(recorder.evaluated) == [f"task {number}" for number in range(5, POSITIONS + 5)]
-
-
-def _figures(task: str) -> Any:
-    from inflora_core.evaluation import TaskFigures
-
-    return TaskFigures(task=task, images=1, accuracy=1.0, accuracy_task_known=1.0)
+    # What was found outlives the server.
+    await running.server.stop()
+    running = await start()
+    assert (await scrape(running)).families["inflora_task_accuracy_ratio"].samples == accuracy
 
 
 async def test_a_version_that_stands_in(start: Callable[..., Any], settings: Settings) -> None:
@@ -288,6 +286,20 @@ def test_a_distribution_is_a_histogram_of_prometheus(values: list[float]) -> Non
         assert count == registry.get_sample_value("h_bucket", {"le": bound})
 
 
+def test_what_takes_long_to_find_out_is_fresh_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, found = [0.0], itertools.count()
+
+    def find() -> int:
+        clock[0] += 10.0
+        return next(found)
+
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    fresh = metrics.Fresh(find, 1.0)
+    assert [fresh.value(), fresh.value()] == [0, 0]
+    clock[0] += 1.5
+    assert fresh.value() == 1
+
+
 def test_every_method_has_a_label_of_its_own() -> None:
     assert "/inflora.v1.PredictorService/Predict" in METHODS
     assert "/inference.GRPCInferenceService/ModelInfer" in METHODS
@@ -302,9 +314,11 @@ async def test_a_server_that_follows_another(running: Running) -> None:
         running.server.tasks._space,
         running.settings.limits,
         running.server.host,
+        Lineage(running.store),
+        Evaluations(),
         following=lambda: metrics.Following(3, 1.5),
     )
-    metrics.watch(registry, sources, Recorder(registry))
+    metrics.watch(registry, sources)
     found = registry.get_sample_value
     assert found("inflora_follow_version") == 3
     assert found("inflora_follow_lag_seconds") == 1.5

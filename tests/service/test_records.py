@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from inflora.v1 import task_pb2 as pb
 from inflora_core.errors import NotFoundError, StoreFormatError, UnavailableError
+from inflora_core.evaluation import TaskFigures
 from inflora_core.model import (
     ClassUpdate,
     Failure,
@@ -25,7 +27,8 @@ from inflora_core.model import (
 )
 from inflora_core.spool import SpoolWriter
 from inflora_service import tasks
-from inflora_service.records import Snapshot, TaskRecords
+from inflora_service.evaluations import VERSIONS, Evaluations
+from inflora_service.records import Score, Snapshot, TaskRecords
 from tests.service.conftest import Running, Script, fails, png
 from tests.service.test_bad_input import assert_unharmed
 
@@ -73,6 +76,80 @@ def test_records_are_as_they_were_after_opening_again(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         records.get("task-5")
     records.close()
+
+
+def score(version: int, task: str, accuracy: float) -> Score:
+    return Score(version, task, 10, accuracy, True, datetime(2026, 1, version, tzinfo=UTC))
+
+
+def test_figures_of_evaluations_are_kept_by_version_and_task(tmp_path: Path) -> None:
+    records = TaskRecords(tmp_path)
+    first, again = score(1, "a", 0.5), replace(score(1, "a", 0.75), time=datetime.now(UTC))
+    records.keep_scores([first, score(1, "b", 0.25)], 2)
+    records.keep_scores([again, score(2, "a", 1.0)], 2)
+    assert records.scores() == [score(1, "b", 0.25), score(2, "a", 1.0), again]
+    records.close()
+    records = TaskRecords(tmp_path)
+    late = replace(score(3, "a", 0.0), time=again.time + timedelta(seconds=1))
+    records.keep_scores([late], 2)
+    assert records.scores() == [score(1, "b", 0.25), again, late]
+    # Of the versions that were evaluated last, also after a rollback to an old one.
+    later = replace(score(2, "a", 0.0), time=late.time + timedelta(seconds=1))
+    records.keep_scores([later], 2)
+    assert records.scores() == [late, later]
+    records.close()
+
+
+def test_the_newest_figures_are_those_of_versions_that_answered(tmp_path: Path) -> None:
+    """Measuring an old version does not take anything back."""
+    records = TaskRecords(tmp_path)
+    evaluations = Evaluations(records)
+    for version, share, answering in ((2, 0.9, True), (3, 0.5, True), (3, 0.25, False)):
+        evaluations.add(version, [TaskFigures("a", 10, share, share)], answering)
+    for found in (evaluations, Evaluations(records)):
+        assert found.newest() == {"a": 0.5}
+        assert found.of({2, 3})[3, "a"].accuracy == 0.25
+    records.close()
+
+
+def test_an_old_version_that_is_evaluated_now_is_kept() -> None:
+    evaluations = Evaluations()
+    for version in (*range(2, VERSIONS + 2), 1):
+        evaluations.add(version, [TaskFigures("a", 10, 0.5, 0.5)], True)
+    kept = {version for version, _ in evaluations.of(range(VERSIONS + 2))}
+    assert kept == {1, *range(3, VERSIONS + 2)}
+
+
+def test_records_of_an_older_release_take_figures(tmp_path: Path) -> None:
+    records = TaskRecords(tmp_path)
+    records.insert(make_task(1))
+    records.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "tasks.sqlite")) as older:
+        older.execute("DROP TABLE scores")
+        assert older.execute("PRAGMA user_version").fetchone() == (1,)
+    records = TaskRecords(tmp_path)
+    assert records.get("task-1").task == make_task(1)
+    assert records.scores() == []
+    records.keep_scores([score(1, "a", 0.5)], 2)
+    assert records.scores() == [score(1, "a", 0.5)]
+    records.close()
+
+
+def test_what_the_disk_does_not_take_lasts_until_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An evaluation does not fail for it."""
+    records = TaskRecords(tmp_path)
+    evaluations = Evaluations(records)
+    with contextlib.closing(sqlite3.connect(tmp_path / "tasks.sqlite")) as other:
+        other.execute("DROP TABLE scores")
+    evaluations.add(1, [TaskFigures("a", 10, 0.5, 0.5)], True)
+    assert "not written down" in caplog.text
+    assert evaluations.newest() == {"a": 0.5}
+    records.close()
+    again = TaskRecords(tmp_path)
+    assert Evaluations(again).newest() == {}
+    again.close()
 
 
 SECRET = "Ünal O'Brien"

@@ -68,7 +68,8 @@ async def begin(running: Running, sent: list[learner_pb.LearnTaskRequest]) -> An
     for message in sent:
         await call.write(message)
     request_id = sent[0].spec.request_id
-    while (await count(running, request_id)) < sent[0].spec.resume_from + len(sent) - 1:
+    # Not `<`: what begins anew counts from 0, and more may be left of what it replaces.
+    while (await count(running, request_id)) != sent[0].spec.resume_from + len(sent) - 1:
         pass
     return call
 

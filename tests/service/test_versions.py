@@ -15,6 +15,7 @@ from inflora.v1 import task_pb2
 from inflora_core.errors import DamagedError
 from inflora_core.model import FileEntry
 from inflora_core.store import Store
+from inflora_edge.delta import Delta
 from inflora_service import artifacts
 from inflora_service.server import Settings
 from tests.service.conftest import BLUE, GREEN, RED, Running, fails, png
@@ -111,6 +112,31 @@ async def test_a_download(running: Running, artifact: str) -> None:
     assert info.sha256 == hashlib.sha256(content).hexdigest()
     assert messages[0].version == name_of(3)
     assert info in (await get(running, 3)).artifacts
+
+
+def sha256_of(messages: list[pb.DownloadArtifactResponse]) -> str:
+    return hashlib.sha256(b"".join(message.data for message in messages)).hexdigest()
+
+
+async def test_a_delta(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "CHUNK_BYTES", 100)
+    whole = {n: await download(running, name=name_of(n)) for n in (1, 3)}
+    asked = {"name": name_of("current"), "artifact": "model.delta", "held": [sha256_of(whole[1])]}
+    messages = await download(running, **asked)
+    content = b"".join(message.data for message in messages)
+    info = messages[0].artifact
+    assert (info.name, info.size) == ("model.delta", len(content))
+    assert info.sha256 == hashlib.sha256(content).hexdigest()
+    assert messages[0].version == name_of(3)
+    base = b"".join(message.data for message in whole[1])
+    made = b"".join(Delta.read(content).applied(base))
+    assert hashlib.sha256(made).hexdigest() == sha256_of(whole[3])
+    for offset in (1, len(content) - 1, len(content)):
+        rest = await download(running, **asked, offset=offset)
+        assert rest[0].artifact == info
+        assert b"".join(message.data for message in rest) == content[offset:]
+    with fails("OUT_OF_RANGE", "OUT_OF_RANGE", field="offset"):
+        await download(running, **asked, offset=len(content) + 1)
 
 
 async def test_a_download_that_broke_off_goes_on(

@@ -51,7 +51,7 @@ async def test_probes_say_what_grpc_health_says(
 @pytest.mark.parametrize(
     ("path", "method", "status"),
     [
-        ("/", "GET", 404),
+        ("/nothing", "GET", 404),
         ("/metrics/", "GET", 404),
         ("/../../etc/passwd", "GET", 404),
         ("/metrics", "POST", 405),
@@ -155,6 +155,20 @@ async def test_connections_are_not_taken_without_end(running: Running) -> None:
         each.close()
 
 
+async def test_who_waits_as_the_server_ends_is_hung_up_on() -> None:
+    """No thread has begun with most of them."""
+    server = web.WebServer("127.0.0.1", 0, {})
+    host, _, port = server.address.rpartition(":")
+    there = [await asyncio.open_connection(host, int(port)) for _ in range(web.MOST_CONNECTIONS)]
+    one_too_many, writer = await asyncio.open_connection(host, int(port))
+    assert await asyncio.wait_for(one_too_many.read(), 30) == b""  # so the others are accepted
+    waiting = list(server._server._open)[web.THREADS :]
+    server.close()
+    assert {each.fileno() for each in waiting} == {-1}
+    for _, each in [*there, (one_too_many, writer)]:
+        each.close()
+
+
 async def test_scrapes_that_hang_leave_threads_to_probes(running: Running) -> None:
     hang = threading.Event()
 
@@ -168,11 +182,12 @@ async def test_scrapes_that_hang_leave_threads_to_probes(running: Running) -> No
             asyncio.create_task(asyncio.to_thread(get, other.address, "/hanging"))
             for _ in range(web.THREADS + 1)
         ]
-        done, _ = await asyncio.wait(hung, return_when=asyncio.FIRST_COMPLETED)
-        assert {task.result()[0] for task in done} == {503}
+        answers = asyncio.as_completed(hung)
+        # All of these, before anything is let go: else the last would find room.
+        turned_away = [(await next(answers))[0] for _ in range(len(hung) - web.SCRAPES)]
+        assert set(turned_away) == {503}
         hang.set()
-        statuses = sorted([(await task)[0] for task in hung])
-        assert statuses == [200] * web.SCRAPES + [503] * (len(hung) - web.SCRAPES)
+        assert {(await answer)[0] for answer in answers} == {200}
     finally:
         hang.set()
         other.close()

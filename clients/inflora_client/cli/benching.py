@@ -13,7 +13,7 @@ import typer
 
 from inflora_client import _bench as bench
 from inflora_client._calls import Question
-from inflora_client.cli import render
+from inflora_client.cli.progress import progress_bar
 from inflora_client.cli.session import (
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
@@ -22,6 +22,7 @@ from inflora_client.cli.session import (
     Session,
     fail,
     note,
+    of_file,
 )
 
 _SIDES = (640, 480)
@@ -86,7 +87,7 @@ def images_of(paths: Sequence[Path]) -> list[bytes]:
     try:
         return [path.read_bytes() for path in paths]
     except OSError as error:
-        fail(str(error), EXIT_USAGE)
+        fail(of_file(error), EXIT_USAGE)
 
 
 def _made_image() -> bytes:
@@ -121,7 +122,7 @@ def measure(
 
     async def all_loads() -> list[bench.LoadReport]:
         reports = []
-        with render.progress_bar() as bar:
+        with progress_bar() as bar:
             async with bench.PredictCalls(
                 session.server, question, images, batch, session.access
             ) as call:
@@ -149,6 +150,7 @@ def end_unanswered(report: BenchReport) -> None:
             codes = ", ".join(f"{code} ({count})" for code, count in load.errors.items())
             unreachable = set(load.errors) == {"UNAVAILABLE"}
             fail(
-                f"no call was answered: {codes or 'none was due in time'}",
+                f"no call was answered: {codes or 'none was due in time'}; see what "
+                "'inflora predict' says of one",
                 EXIT_UNREACHABLE if unreachable else EXIT_REFUSED,
             )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import typer
+from rich.console import Console
+from rich.prompt import Prompt
 
 from inflora_client import Client, Task, TaskState
 from inflora_client.cli import render
-from inflora_client.cli.session import EXIT_INTERRUPTED, Session, note
+from inflora_client.cli.progress import progress_bar
+from inflora_client.cli.session import EXIT_INTERRUPTED, Session, note, someone_answers
 from inflora_client.errors import error_of_task
+
+_DETACH, _CANCEL = "detach", "cancel"
 
 
 def how_to_go_on(task_id: str) -> str:
@@ -27,13 +32,19 @@ def queued(session: Session, client: Client, task: Task, detach: bool) -> None:
 def follow(session: Session, client: Client, task_id: str) -> None:
     """Show a task's progress until it ends, then what became of it.
 
+    Ctrl-C asks whether to cancel the task, where there is someone to answer.
+
     Raises:
         TaskFailedError: It ended in another way than by being published.
     """
     try:
         task = _watch(session, client, task_id)
     except KeyboardInterrupt:
-        note(f"\ntask {task_id} goes on without you; {how_to_go_on(task_id)}")
+        if _wants_to_cancel(task_id):
+            cancelled = client.cancel(task_id)
+            note(f"task {cancelled.id} is {cancelled.state.lower()}")
+        else:
+            note(f"\ntask {task_id} goes on without you; {how_to_go_on(task_id)}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if task.state in (TaskState.PUBLISHED, TaskState.HELD_BACK) and not session.as_json:
         session.show((), render.summary_table(task))
@@ -42,10 +53,26 @@ def follow(session: Session, client: Client, task_id: str) -> None:
 
 
 def _watch(session: Session, client: Client, task_id: str) -> Task:
-    with render.progress_bar() as bar:
+    with progress_bar() as bar:
         for task in client.watch(task_id):
             if session.as_json:
                 session.show([task], "")
             else:
                 bar(render.describe(task), task.fraction_done)
     return task
+
+
+def _wants_to_cancel(task_id: str) -> bool:
+    """Ask; no answer, or another Ctrl-C, lets the task go on."""
+    if not someone_answers():
+        return False
+    try:
+        answer = Prompt.ask(
+            f"\nDetach from task {task_id}, which then goes on, or cancel it?",
+            console=Console(stderr=True),
+            choices=[_DETACH, _CANCEL],
+            default=_DETACH,
+        )
+    except (EOFError, KeyboardInterrupt):
+        return False
+    return answer == _CANCEL

@@ -1,31 +1,29 @@
-"""Tables and the progress bar."""
+"""Tables, and the tree of versions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
 
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from inflora_client import (
     ClassScore,
     Evaluation,
     GateCheck,
     HeldOutMethod,
-    PredictResult,
     Task,
     TaskStage,
     TaskState,
     Version,
 )
 from inflora_client._bench import Latency, LoadReport
+from inflora_client.cli.configuring import Setting
 from inflora_client.cli.picture import load_name
 
 _HELD_OUT = {
@@ -68,33 +66,6 @@ def describe_edit(task: Task) -> str:
     return ""
 
 
-class ProgressBar(Protocol):
-    """Shows one line and how much is done."""
-
-    def __call__(self, text: str, share: float) -> None:
-        """Show a line of text and a share from 0 to 1."""
-
-
-@contextmanager
-def progress_bar() -> Iterator[ProgressBar]:
-    """Show a live bar on stderr, where there is a terminal to show it on."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        bar = progress.add_task("", total=1.0)
-
-        def show(text: str, share: float) -> None:
-            progress.update(bar, description=text, completed=share)
-
-        yield show
-
-
 def task_table(tasks: Iterable[Task]) -> Table:
     """One row a task."""
     return _table(
@@ -110,6 +81,17 @@ def task_table(tasks: Iterable[Task]) -> Table:
                 _when(task.create_time),
             )
             for task in tasks
+        ),
+    )
+
+
+def setting_table(settings: Iterable[Setting]) -> Table:
+    """One row an option."""
+    return _table(
+        ("option", "value", "from"),
+        (
+            (each.option, "-" if each.value is None else each.value, each.origin)
+            for each in settings
         ),
     )
 
@@ -144,6 +126,56 @@ def version_table(versions: Iterable[Version]) -> Table:
     )
 
 
+def version_tree(versions: Iterable[Version]) -> RenderableType:
+    """The lineage, oldest first: what goes on from a version follows it, branches are indented.
+
+    Of several that go on from one version, the line that leads to the current one is kept
+    straight, or else the newest, so that a hundred versions in a row are a list.
+    """
+    by_name = {version.name: version for version in sorted(versions, key=lambda v: v.number)}
+    children: dict[str, list[Version]] = {}
+    for version in by_name.values():
+        # The parent of the oldest ones may be gone.
+        children.setdefault(version.parent if version.parent in by_name else "", []).append(version)
+    to_current = _line_to_current(by_name)
+    tree = Tree("", guide_style="dim", hide_root=True)
+    lines = [(tree, first, True) for first in reversed(children.get("", []))]
+    while lines:
+        branch, version, begins = lines.pop()
+        origin = f"  from {short(version.parent)}" if begins and version.parent else ""
+        node = branch.add(Text(in_lineage(version) + origin))
+        following = sorted(
+            children.get(version.name, ()),
+            key=lambda v: (v.name in to_current, not v.candidate, v.number),
+        )
+        if following:
+            lines += [(node, each, True) for each in reversed(following[:-1])]
+            # Behind branches it would look as if it went on from one of them.
+            lines.append((branch, following[-1], len(following) > 1))
+    return tree
+
+
+def _line_to_current(by_name: Mapping[str, Version]) -> set[str]:
+    line = set()
+    version = next((each for each in by_name.values() if each.current), None)
+    while version is not None:
+        line.add(version.name)
+        version = by_name.get(version.parent)
+    return line
+
+
+def in_lineage(version: Version) -> str:
+    """One line on what a version is."""
+    count = len(version.classes)
+    facts = (
+        _state_of(version),
+        f"{count} class{'es' if count != 1 else ''}",
+        f"task {short(version.task)}",
+        _when(version.create_time),
+    )
+    return "  ".join([str(version.number), *filter(None, facts)])
+
+
 @dataclass(frozen=True, slots=True)
 class FileAnswer:
     """What ``inflora predict`` shows of one image.
@@ -160,23 +192,36 @@ class FileAnswer:
     scores: tuple[ClassScore, ...]
     novelty: float
 
-    @staticmethod
-    def of(file: Path, result: PredictResult) -> FileAnswer:
-        """From the answer to a request for this one image."""
-        (prediction,) = result.predictions
-        return FileAnswer(file, result.version, prediction.scores, prediction.novelty)
 
+def prediction_table(
+    answers: Sequence[FileAnswer], *, first: bool = True, width: int | None = None
+) -> Table:
+    """One row for each class of each image.
 
-def prediction_table(answers: Iterable[FileAnswer]) -> Table:
-    """One row for each class of each image."""
-    return _table(
-        ("file", "label", "probability", "version"),
+    Args:
+        answers: The images.
+        first: Whether these are the first, and need the columns' names.
+        width: Of the first column at least; tables that follow each other have the same.
+    """
+    table = _table(
+        ("file", "label", "probability", "novelty", "version"),
         (
-            (answer.file, score.label, f"{score.probability:.4f}", short(answer.version))
+            (
+                answer.file,
+                score.label,
+                f"{score.probability:.4f}",
+                f"{answer.novelty:.3f}",
+                short(answer.version),
+            )
             for answer in answers
             for score in answer.scores
         ),
+        header=first,
     )
+    if width is not None:
+        for column, least in zip(table.columns, (width, 20, 11, 7, 7), strict=True):
+            column.min_width = least
+    return table
 
 
 def summary_table(task: Task) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,14 +14,22 @@ import typer
 from rich.console import Console, RenderableType
 
 from inflora_client import (
+    AlreadyExistsError,
     Client,
+    CorruptDownloadError,
+    DataLossError,
+    DeadlineExceededError,
+    FailedPreconditionError,
     InfloraClientError,
     InsecureTokenError,
     InternalError,
     NotFoundError,
     PermissionDeniedError,
+    ResourceExhaustedError,
     RetryPolicy,
+    TaskFailedError,
     TaskHeldBackError,
+    TaskState,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -44,10 +53,22 @@ _HINTS: list[tuple[type[InfloraClientError], str]] = [
         "measure its version with 'inflora evaluate --version N', publish it all the same with "
         "'inflora promote --force N'",
     ),
+    (AlreadyExistsError, "choose another name or --request-id, or see 'inflora versions'"),
+    (FailedPreconditionError, "see where things stand with 'inflora tasks', 'inflora versions'"),
+    (ResourceExhaustedError, "repeat it later, or with less at a time"),
+    (DeadlineExceededError, "repeat it; the server is slow, or far away"),
+    (DataLossError, "whoever runs the server can look with 'inflora doctor STORE'"),
+    (CorruptDownloadError, "repeat it"),
     (UnauthenticatedError, "give a token with --token-file, or a certificate with --cert"),
     (PermissionDeniedError, "ask whoever runs the server for another role"),
     (InternalError, "see the server's log"),
 ]
+
+_HINTS_OF_TASKS = {
+    TaskState.FAILED: "mend what is said, and learn it again; the server's log has more",
+    TaskState.CANCELLED: "learn it again if that was not meant to be",
+    TaskState.SET_ASIDE: "try it again with 'inflora retry TASK'",
+}
 
 ServerOption = Annotated[
     str | None,
@@ -89,17 +110,18 @@ class Session:
             )
             fail(
                 f"cannot reach the server at {self.server} ({error}); start one with "
-                "'inflora serve', or name another with --server"
+                "'inflora serve', or 'inflora learn --start-server', or name another with --server"
                 + (secret if self.access.encrypted else ""),
                 EXIT_UNREACHABLE,
             )
         except InsecureTokenError as error:
             fail(f"{error}; see --ca and --tls", EXIT_USAGE)
         except InfloraClientError as error:
-            hints = "".join(f"; {hint}" for kind, hint in _HINTS if isinstance(error, kind))
-            fail(f"{error}{hints}", EXIT_REFUSED)
+            fail("; ".join(filter(None, (str(error), _hint(error)))), EXIT_REFUSED)
+        except BrokenPipeError:
+            raise  # whoever reads our output has had enough: nothing to tell anyone
         except OSError as error:
-            fail(str(error), EXIT_USAGE)
+            fail(of_file(error), EXIT_USAGE)
 
     def show(self, results: Iterable[DataclassInstance], view: RenderableType) -> None:
         """Print results, as JSON lines or as the view that was made of them."""
@@ -113,9 +135,29 @@ class Session:
             Console().print(view)
 
 
+def _hint(error: InfloraClientError) -> str:
+    """Say what to do next, where that can be told from the kind of the error."""
+    if isinstance(error, TaskFailedError) and error.task.state in _HINTS_OF_TASKS:
+        return _HINTS_OF_TASKS[error.task.state]
+    return next((hint for kind, hint in _HINTS if isinstance(error, kind)), "")
+
+
+def someone_answers() -> bool:
+    """Whether there is somebody at a terminal who can be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def note(message: str) -> None:
     """Tell the person at the terminal something that is no result."""
     typer.echo(message, err=True)
+
+
+def of_file(error: OSError) -> str:
+    """Say what went wrong with a file, and what to look at."""
+    if error.filename is None:
+        return str(error)
+    why = (error.strerror or type(error).__name__).lower()
+    return f"{error.filename}: {why}; check the name, and that you may use it"
 
 
 def fail(message: str, code: int) -> NoReturn:

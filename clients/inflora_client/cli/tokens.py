@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from inflora_client.cli.session import EXIT_USAGE, fail
+from inflora_client.cli.session import EXIT_USAGE, fail, of_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PREFIX = "inflora_"
@@ -58,9 +58,9 @@ def make(name: str, role: Role, file: Path) -> MadeToken:
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
             opened.write(f"{token}\n")
     except FileExistsError:
-        fail(f"{file} exists already: it is not overwritten", EXIT_USAGE)
+        fail(f"{file} exists already: it is not overwritten; name another with --out", EXIT_USAGE)
     except OSError as error:
-        fail(str(error), EXIT_USAGE)
+        fail(of_file(error), EXIT_USAGE)
     return MadeToken(name, role.value, hashlib.sha256(token.encode()).hexdigest(), file)
 
 

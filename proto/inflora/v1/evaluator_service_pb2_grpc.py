@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EvaluatorServiceStub(object):
-    """Measures how good a version is. Never changes anything, and keeps nothing.
+    """Measures how good a version is. Never changes anything, and keeps nothing but the figures of each task.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -52,7 +52,7 @@ class EvaluatorServiceStub(object):
 
 
 class EvaluatorServiceServicer(object):
-    """Measures how good a version is. Never changes anything, and keeps nothing.
+    """Measures how good a version is. Never changes anything, and keeps nothing but the figures of each task.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -107,7 +107,7 @@ def add_EvaluatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EvaluatorService(object):
-    """Measures how good a version is. Never changes anything, and keeps nothing.
+    """Measures how good a version is. Never changes anything, and keeps nothing but the figures of each task.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EvaluatorServiceStub:
-    """Measures how good a version is. Never changes anything, and keeps nothing.
+    """Measures how good a version is. Never changes anything, and keeps nothing but the figures of each task.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -68,7 +68,7 @@ class EvaluatorServiceStub:
 
 @_typing.type_check_only
 class EvaluatorServiceAsyncStub(EvaluatorServiceStub):
-    """Measures how good a version is. Never changes anything, and keeps nothing.
+    """Measures how good a version is. Never changes anything, and keeps nothing but the figures of each task.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a
@@ -105,7 +105,7 @@ class EvaluatorServiceAsyncStub(EvaluatorServiceStub):
     """
 
 class EvaluatorServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Measures how good a version is. Never changes anything, and keeps nothing.
+    """Measures how good a version is. Never changes anything, and keeps nothing but the figures of each task.
 
     Every error of the server carries `google.rpc.ErrorInfo` (domain `inflora`), and
     `google.rpc.BadRequest` with the field at fault where one is. What gRPC itself refuses has a

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from inflora.v1 import task_pb2 as inflora_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1einflora/v1/model_service.proto\x12\ninflora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15inflora/v1/task.proto\"<\n\x0cVersionClass\x12\r\n\x05label\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x61liases\x18\x03 \x03(\t\"6\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\xe1\x02\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x63urrent\x18\x05 \x01(\x08\x12)\n\x07\x63lasses\x18\x06 \x03(\x0b\x32\x18.inflora.v1.VersionClass\x12\'\n\tartifacts\x18\x07 \x03(\x0b\x32\x14.inflora.v1.Artifact\x12\x10\n\x08provider\x18\x08 \x01(\t\x12\x0e\n\x06purged\x18\t \x01(\x08\x12\x0e\n\x06pinned\x18\n \x01(\x08\x12\x0f\n\x07retired\x18\x0b \x01(\x08\x12\x10\n\x08stand_in\x18( \x01(\x08\x12\x11\n\tcandidate\x18\x14 \x01(\x08\x12,\n\rfailed_checks\x18\x15 \x03(\x0b\x32\x15.inflora.v1.GateCheck\"L\n\x13ListVersionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.inflora.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.inflora.v1.Version\"4\n\x15PromoteVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\">\n\x16PromoteVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.inflora.v1.Version\"!\n\x11PinVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12PinVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.inflora.v1.Version\"#\n\x13UnpinVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x14UnpinVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.inflora.v1.Version\"I\n\x17\x44ownloadArtifactRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x61rtifact\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"q\n\x18\x44ownloadArtifactResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12&\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x14.inflora.v1.Artifact\x12\x0f\n\x07version\x18\x04 \x01(\t2\x88\x04\n\x0cModelService\x12Q\n\x0cListVersions\x12\x1f.inflora.v1.ListVersionsRequest\x1a .inflora.v1.ListVersionsResponse\x12K\n\nGetVersion\x12\x1d.inflora.v1.GetVersionRequest\x1a\x1e.inflora.v1.GetVersionResponse\x12W\n\x0ePromoteVersion\x12!.inflora.v1.PromoteVersionRequest\x1a\".inflora.v1.PromoteVersionResponse\x12K\n\nPinVersion\x12\x1d.inflora.v1.PinVersionRequest\x1a\x1e.inflora.v1.PinVersionResponse\x12Q\n\x0cUnpinVersion\x12\x1f.inflora.v1.UnpinVersionRequest\x1a .inflora.v1.UnpinVersionResponse\x12_\n\x10\x44ownloadArtifact\x12#.inflora.v1.DownloadArtifactRequest\x1a$.inflora.v1.DownloadArtifactResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1einflora/v1/model_service.proto\x12\ninflora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15inflora/v1/task.proto\"<\n\x0cVersionClass\x12\r\n\x05label\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x61liases\x18\x03 \x03(\t\"`\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12(\n\tagreement\x18\x04 \x01(\x0b\x32\x15.inflora.v1.Agreement\";\n\tAgreement\x12\x0e\n\x06images\x18\x01 \x01(\x05\x12\x0c\n\x04top1\x18\x02 \x01(\x01\x12\x10\n\x08\x64istance\x18\x03 \x01(\x01\"\xe1\x02\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x63urrent\x18\x05 \x01(\x08\x12)\n\x07\x63lasses\x18\x06 \x03(\x0b\x32\x18.inflora.v1.VersionClass\x12\'\n\tartifacts\x18\x07 \x03(\x0b\x32\x14.inflora.v1.Artifact\x12\x10\n\x08provider\x18\x08 \x01(\t\x12\x0e\n\x06purged\x18\t \x01(\x08\x12\x0e\n\x06pinned\x18\n \x01(\x08\x12\x0f\n\x07retired\x18\x0b \x01(\x08\x12\x10\n\x08stand_in\x18( \x01(\x08\x12\x11\n\tcandidate\x18\x14 \x01(\x08\x12,\n\rfailed_checks\x18\x15 \x03(\x0b\x32\x15.inflora.v1.GateCheck\"L\n\x13ListVersionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.inflora.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.inflora.v1.Version\"4\n\x15PromoteVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\">\n\x16PromoteVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.inflora.v1.Version\"!\n\x11PinVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12PinVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.inflora.v1.Version\"#\n\x13UnpinVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x14UnpinVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.inflora.v1.Version\"W\n\x17\x44ownloadArtifactRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x61rtifact\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0c\n\x04held\x18\x04 \x03(\t\"q\n\x18\x44ownloadArtifactResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12&\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x14.inflora.v1.Artifact\x12\x0f\n\x07version\x18\x04 \x01(\t2\x88\x04\n\x0cModelService\x12Q\n\x0cListVersions\x12\x1f.inflora.v1.ListVersionsRequest\x1a .inflora.v1.ListVersionsResponse\x12K\n\nGetVersion\x12\x1d.inflora.v1.GetVersionRequest\x1a\x1e.inflora.v1.GetVersionResponse\x12W\n\x0ePromoteVersion\x12!.inflora.v1.PromoteVersionRequest\x1a\".inflora.v1.PromoteVersionResponse\x12K\n\nPinVersion\x12\x1d.inflora.v1.PinVersionRequest\x1a\x1e.inflora.v1.PinVersionResponse\x12Q\n\x0cUnpinVersion\x12\x1f.inflora.v1.UnpinVersionRequest\x1a .inflora.v1.UnpinVersionResponse\x12_\n\x10\x44ownloadArtifact\x12#.inflora.v1.DownloadArtifactRequest\x1a$.inflora.v1.DownloadArtifactResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,33 +36,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERSIONCLASS']._serialized_start=102
   _globals['_VERSIONCLASS']._serialized_end=162
   _globals['_ARTIFACT']._serialized_start=164
-  _globals['_ARTIFACT']._serialized_end=218
-  _globals['_VERSION']._serialized_start=221
-  _globals['_VERSION']._serialized_end=574
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=576
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=652
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=654
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=740
-  _globals['_GETVERSIONREQUEST']._serialized_start=742
-  _globals['_GETVERSIONREQUEST']._serialized_end=775
-  _globals['_GETVERSIONRESPONSE']._serialized_start=777
-  _globals['_GETVERSIONRESPONSE']._serialized_end=835
-  _globals['_PROMOTEVERSIONREQUEST']._serialized_start=837
-  _globals['_PROMOTEVERSIONREQUEST']._serialized_end=889
-  _globals['_PROMOTEVERSIONRESPONSE']._serialized_start=891
-  _globals['_PROMOTEVERSIONRESPONSE']._serialized_end=953
-  _globals['_PINVERSIONREQUEST']._serialized_start=955
-  _globals['_PINVERSIONREQUEST']._serialized_end=988
-  _globals['_PINVERSIONRESPONSE']._serialized_start=990
-  _globals['_PINVERSIONRESPONSE']._serialized_end=1048
-  _globals['_UNPINVERSIONREQUEST']._serialized_start=1050
-  _globals['_UNPINVERSIONREQUEST']._serialized_end=1085
-  _globals['_UNPINVERSIONRESPONSE']._serialized_start=1087
-  _globals['_UNPINVERSIONRESPONSE']._serialized_end=1147
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=1149
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=1222
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=1224
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=1337
-  _globals['_MODELSERVICE']._serialized_start=1340
-  _globals['_MODELSERVICE']._serialized_end=1860
+  _globals['_ARTIFACT']._serialized_end=260
+  _globals['_AGREEMENT']._serialized_start=262
+  _globals['_AGREEMENT']._serialized_end=321
+  _globals['_VERSION']._serialized_start=324
+  _globals['_VERSION']._serialized_end=677
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=679
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=755
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=757
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=843
+  _globals['_GETVERSIONREQUEST']._serialized_start=845
+  _globals['_GETVERSIONREQUEST']._serialized_end=878
+  _globals['_GETVERSIONRESPONSE']._serialized_start=880
+  _globals['_GETVERSIONRESPONSE']._serialized_end=938
+  _globals['_PROMOTEVERSIONREQUEST']._serialized_start=940
+  _globals['_PROMOTEVERSIONREQUEST']._serialized_end=992
+  _globals['_PROMOTEVERSIONRESPONSE']._serialized_start=994
+  _globals['_PROMOTEVERSIONRESPONSE']._serialized_end=1056
+  _globals['_PINVERSIONREQUEST']._serialized_start=1058
+  _globals['_PINVERSIONREQUEST']._serialized_end=1091
+  _globals['_PINVERSIONRESPONSE']._serialized_start=1093
+  _globals['_PINVERSIONRESPONSE']._serialized_end=1151
+  _globals['_UNPINVERSIONREQUEST']._serialized_start=1153
+  _globals['_UNPINVERSIONREQUEST']._serialized_end=1188
+  _globals['_UNPINVERSIONRESPONSE']._serialized_start=1190
+  _globals['_UNPINVERSIONRESPONSE']._serialized_end=1250
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=1252
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=1339
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=1341
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=1454
+  _globals['_MODELSERVICE']._serialized_start=1457
+  _globals['_MODELSERVICE']._serialized_end=1977
 # @@protoc_insertion_point(module_scope)

@@ -61,26 +61,62 @@ class Artifact(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """File name, for example `model.onnx`."""
     size: _builtins.int
     """Size in bytes."""
     sha256: _builtins.str
     """SHA-256 of the content, 64 lower-case hexadecimal digits."""
+    @_builtins.property
+    def agreement(self) -> Global___Agreement:
+        """How it agrees with `model.onnx`. Only of its smaller forms, and only in `Version.artifacts`."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         size: _builtins.int = ...,
         sha256: _builtins.str = ...,
+        agreement: Global___Agreement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "name", b"name", "sha256", b"sha256", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Artifact: _TypeAlias = Artifact  # noqa: Y015
+
+@_typing.final
+class Agreement(_message.Message):
+    """How alike two files answer, measured on images of the task that made the version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    TOP1_FIELD_NUMBER: _builtins.int
+    DISTANCE_FIELD_NUMBER: _builtins.int
+    images: _builtins.int
+    """How many images were compared."""
+    top1: _builtins.float
+    """Share of them that both name alike."""
+    distance: _builtins.float
+    """Mean total variation of the probabilities, from 0 (the same) to 1."""
+    def __init__(
+        self,
+        *,
+        images: _builtins.int = ...,
+        top1: _builtins.float = ...,
+        distance: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distance", b"distance", "images", b"images", "top1", b"top1"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Agreement: _TypeAlias = Agreement  # noqa: Y015
 
 @_typing.final
 class Version(_message.Message):
@@ -425,22 +461,35 @@ class DownloadArtifactRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ARTIFACT_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`models/{model}/versions/{n}`, or `models/{model}/versions/current`."""
     artifact: _builtins.str
-    """File name as listed in `Version.artifacts`. Empty means `model.onnx`."""
+    """File name as listed in `Version.artifacts`. Empty means `model.onnx`; `model.fp16.onnx` and
+    `model.int8.onnx` are smaller forms of it, where they agree with it well enough. `model.delta` is
+    what leads to `model.onnx` from the best of the files in `held` (docs/edge.md has the format); it
+    is the same for the same version and files, but may be another after a new release of the server.
+    `model.fp16.delta` and `model.int8.delta` lead to the forms.
+    """
     offset: _builtins.int
     """First byte to send, >= 0."""
+    @_builtins.property
+    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """SHA-256 of the files, `model.onnx` or the form of it, of any version that the client has, 64
+        lower-case hexadecimal digits each; at most 16. For deltas alone.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         artifact: _builtins.str = ...,
         offset: _builtins.int = ...,
+        held: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "name", b"name", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "held", b"held", "name", b"name", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

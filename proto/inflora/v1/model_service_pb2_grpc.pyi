@@ -93,8 +93,10 @@ class ModelServiceStub:
     """Streams one file of a version. After a break, go on with the offset reached.
 
     Errors: as GetVersion, and
-    - INVALID_ARGUMENT: the offset is negative. A retry does not help.
-    - NOT_FOUND: the version has no such artifact. A retry does not help.
+    - INVALID_ARGUMENT: the offset is negative, or `held` is not as it has to be. A retry does not
+      help.
+    - NOT_FOUND: the version has no such artifact, or no file in `held` is of this model, or none
+      from which a delta is smaller than the whole file: take `model.onnx`. A retry does not help.
     - FAILED_PRECONDITION: the file holds a class that was forgotten since, or the version is retired;
       the message says which version to use instead. A retry does not help.
     - DATA_LOSS: the file is damaged, and cannot be made again as `model.onnx` can from the others. A
@@ -169,8 +171,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Streams one file of a version. After a break, go on with the offset reached.
 
     Errors: as GetVersion, and
-    - INVALID_ARGUMENT: the offset is negative. A retry does not help.
-    - NOT_FOUND: the version has no such artifact. A retry does not help.
+    - INVALID_ARGUMENT: the offset is negative, or `held` is not as it has to be. A retry does not
+      help.
+    - NOT_FOUND: the version has no such artifact, or no file in `held` is of this model, or none
+      from which a delta is smaller than the whole file: take `model.onnx`. A retry does not help.
     - FAILED_PRECONDITION: the file holds a class that was forgotten since, or the version is retired;
       the message says which version to use instead. A retry does not help.
     - DATA_LOSS: the file is damaged, and cannot be made again as `model.onnx` can from the others. A
@@ -278,8 +282,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams one file of a version. After a break, go on with the offset reached.
 
         Errors: as GetVersion, and
-        - INVALID_ARGUMENT: the offset is negative. A retry does not help.
-        - NOT_FOUND: the version has no such artifact. A retry does not help.
+        - INVALID_ARGUMENT: the offset is negative, or `held` is not as it has to be. A retry does not
+          help.
+        - NOT_FOUND: the version has no such artifact, or no file in `held` is of this model, or none
+          from which a delta is smaller than the whole file: take `model.onnx`. A retry does not help.
         - FAILED_PRECONDITION: the file holds a class that was forgotten since, or the version is retired;
           the message says which version to use instead. A retry does not help.
         - DATA_LOSS: the file is damaged, and cannot be made again as `model.onnx` can from the others. A

@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def bare(record: Record, stage: scene.Scene, lengths: steps.Lengths, rounds: int) -> Figures:
-    """Our server against a bare loop."""
+    """Our server against bare loops."""
     slices = []
     for number in range(rounds):
         key = {"part": "bare", "round": number}
@@ -102,8 +102,11 @@ def bare(record: Record, stage: scene.Scene, lengths: steps.Lengths, rounds: int
             key, lambda: steps.beside_bare(stage, lengths, (1, *BARE_CONCURRENCY))
         )
         slices += measured["slices"]
-    loop, ours = ([each[who] for each in slices] for who in ("bare", "ours"))
-    return figures.against_bare(loop, ours, BARE_CONCURRENCY)
+    plain, own, ours = ([each[who] for each in slices] for who in (*steps.LOOPS, figures.OURS))
+    return figures.against_bare(plain, ours, BARE_CONCURRENCY) | {
+        name.replace("bare", "own_loop"): figure
+        for name, figure in figures.against_bare(own, ours, BARE_CONCURRENCY).items()
+    }
 
 
 def against_peers(

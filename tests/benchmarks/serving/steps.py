@@ -73,26 +73,30 @@ class Lengths:
         return 3 * self.seconds
 
 
+LOOPS = ("bare", "own")
+"""Loops in one process: with the file as it is, and with what our server makes of it."""
+
 SLICES = 4
 """Pieces that a load is cut into where two are compared closely: machines that are shared are a
 fifth faster or slower from one minute to the next."""
 
 
 def beside_bare(scene: Scene, lengths: Lengths, concurrency: Sequence[int]) -> dict[str, Any]:
-    """Let the bare loop and our server take turns, a slice of each load at a time."""
+    """Let the bare loops and our server take turns, a slice of each load at a time."""
     short = dataclasses.replace(lengths, seconds=lengths.seconds / SLICES)
     slices = []
     with scene.server() as server:
         calls = bench.PredictCalls(server.address, QUESTION, scene.images())
         for _ in range(SLICES):
-            loop = {"1": bare(scene, short)}
-            slices.append({"bare": loop, "ours": asyncio.run(sweep(calls, concurrency, short))})
+            loops = {name: {"1": bare(scene, short, plain=name == "bare")} for name in LOOPS}
+            slices.append(loops | {"ours": asyncio.run(sweep(calls, concurrency, short))})
     return {"slices": slices}
 
 
-def bare(scene: Scene, lengths: Lengths) -> dict[str, Any]:
-    """Run the bare loop."""
-    arguments = [scene.model, scene.folder / "images", lengths.seconds, lengths.warm_up]
+def bare(scene: Scene, lengths: Lengths, *, plain: bool) -> dict[str, Any]:
+    """Run the bare loop, with the file as it is or with what our server makes of it."""
+    part = scene.folder / "classify.onnx" if plain else ""
+    arguments = [scene.model, part, scene.folder / "images", lengths.seconds, lengths.warm_up]
     command = [sys.executable, "-m", "tests.benchmarks.serving.bare"]
     result = subprocess.run(
         [*command, *map(str, arguments), str(scene.threads)],

@@ -1,0 +1,1 @@
+"""The commands, by subject. Each makes one call of ``Client``, and shows what came back."""
