@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -497,6 +498,7 @@ def main() -> int:
     parser = _parser()
     arguments, origins = parser.settled(sys.argv[1:], os.environ)
     if arguments.show_config:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` has had enough: end without a word
         print(parser.shown(arguments, origins))
         return 0
     logs.configure(

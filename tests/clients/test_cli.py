@@ -119,6 +119,23 @@ class TestEdits:
         rows = [row.split()[:2] for row in run("versions", "--flat").stdout.splitlines()[1:]]
         assert rows == [["2", "current"], ["1", "purged"]]
 
+    def test_shows_one_version_with_its_classes(self, run: Run, peer: Peer) -> None:
+        peer.add_version().classes[0].label = "[cat]"
+        peer.add_version()
+        shown = [row.split() for row in run("versions", "1").stdout.splitlines()]
+        assert shown[1][:2] == ["1", "1"], "the number, and how many classes"
+        assert shown[-1] == ["[cat]", "puss", "t1"]
+        (version,) = lines(run("--json", "versions", "current"))
+        assert version["name"] == "models/default/versions/2"
+        assert "versions/9" in error_line(run("versions", "9"), 1)
+
+    def test_rows_that_a_program_reads_are_not_broken(
+        self, run: Run, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        peer.add_task("t1", display_name="pets " * 40)
+        assert "pets " * 40 in run("tasks").stdout.splitlines()[1]
+
 
 class TestLearn:
     def test_uploads_a_folder_and_follows(self, run: Run, peer: Peer, pets: Path) -> None:
@@ -127,7 +144,7 @@ class TestLearn:
         assert result.exit_code == 0, result.output
         for text in ("[cat]", "50.0%", "75.0%", "1.0e-05", "little is free"):
             assert text in result.stdout
-        assert "left out: 1 files" in result.stderr
+        assert "left out: 1 file without the suffix of an image" in result.stderr
         spec, batch, _ = peer.calls["LearnTask"][0]
         assert (spec.spec.display_name, spec.spec.epochs) == ("pets", 5)
         assert spec.spec.held_out_share == 0.25
@@ -135,6 +152,10 @@ class TestLearn:
         sent = [(e.label, e.image) for e in batch.examples.examples]
         assert [label for label, _ in sent] == ["Käfer, rot", "cat", "cat", "dog"]
         assert sent[1][1] == b"cat/1.png"
+
+    def test_counts_what_lies_beside_the_classes(self, run: Run, pets: Path) -> None:
+        (pets / "loose.png").touch()
+        assert "left out: 2 files" in run("learn", pets, "--detach").stderr
 
     def test_prints_json_lines(self, run: Run, peer: Peer, pets: Path) -> None:
         peer.watches.append([TRAINING, PUBLISHED])
@@ -466,7 +487,7 @@ class TestEvaluate:
     def test_shows_tables(self, run: Run, peer: Peer, pets: Path) -> None:
         result = run("evaluate", pets, "--version", 3, "--confusions", 5)
         assert result.exit_code == 0, result.output
-        assert "left out: 1 files" in result.stderr
+        assert "left out: 1 file without the suffix of an image" in result.stderr
         rows = [line.split() for line in result.stdout.splitlines()]
         for row in (
             ["version", "3"],
@@ -574,6 +595,14 @@ class TestVersions:
         assert file["version"] == "models/default/versions/2"
         assert (tmp_path / "m.onnx").read_bytes() == peer.content
 
+    def test_does_not_export_to_a_file_called_dash(
+        self, run: Run, peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        peer.add_version()
+        monkeypatch.chdir(tmp_path)
+        assert "give --output a name" in error_line(run("export", "--output", "-"), 2)
+        assert [*tmp_path.iterdir()] == []
+
     def test_exports_a_smaller_form(self, run: Run, peer: Peer, tmp_path: Path) -> None:
         peer.add_version()
         (file,) = lines(run("export", "--form", "int8", "--output", tmp_path, "--json"))
@@ -619,6 +648,9 @@ class TestErrors:
         line = error_line(run("tasks"), 3)
         assert peer.address in line
         assert "'inflora serve'" in line
+
+    def test_a_server_has_a_port(self, run: Run) -> None:
+        assert "--server shop has no port" in error_line(run("tasks", "--server", "shop"), 2)
 
     def test_the_option_wins_over_the_environment(
         self, run: Run, peer: Peer, monkeypatch: pytest.MonkeyPatch

@@ -147,3 +147,35 @@ class TestCtrlC:
             screen.press(f"cancel{ENTER}")
             assert screen.end() == 130
         assert peer.tasks["models/default/tasks/t1"].state == task_pb2.TASK_STATE_CANCELLED
+
+
+class TestPurge:
+    QUESTION = "Delete for good all versions that know cat so far (1, 3)? [y/n] (n)"
+
+    @pytest.fixture(autouse=True)
+    def _versions(self, peer: Peer) -> None:
+        for purged, label in ((False, "cat"), (True, "cat"), (False, "cat"), (False, "dog")):
+            version = peer.add_version()
+            version.purged = purged
+            version.classes[0].label = label
+
+    @pytest.mark.parametrize("keys", [ENTER, f"n{ENTER}", CTRL_D])
+    def test_asks_first(self, peer: Peer, tmp_path: Path, keys: str) -> None:
+        words = ["--server", peer.address, "forget", "cat", "--purge"]
+        with terminal(words, tmp_path) as screen:
+            screen.until(self.QUESTION)
+            screen.press(keys)
+            assert screen.end() == 130
+        assert "nothing was forgotten" in screen.shown
+        assert not peer.calls["ForgetClasses"]
+
+    @pytest.mark.parametrize("yes", [False, True])
+    def test_goes_on_once_it_is_told_to(self, peer: Peer, tmp_path: Path, yes: bool) -> None:
+        words = ["--server", peer.address, "forget", "cat", "--purge", "--detach"]
+        with terminal([*words, *(["--yes"] if yes else [])], tmp_path) as screen:
+            if not yes:
+                screen.until(self.QUESTION)
+                screen.press(f"y{ENTER}")
+            screen.until("inflora watch")
+            assert screen.end() == 0
+        assert [call.purge for call in peer.calls["ForgetClasses"]] == [True]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -120,3 +124,16 @@ def test_what_is_wrong_is_named_with_its_place(
         _parser().settled([], named | environ)
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_a_reader_that_has_had_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as output:
+        shown = subprocess.run(
+            [sys.executable, "-m", "inflora_service", "--show-config"],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (shown.returncode, shown.stderr) == (-signal.SIGPIPE, b"")

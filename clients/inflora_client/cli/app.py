@@ -20,7 +20,7 @@ Exit codes:
 1    the server refused, a task was not published, or an image was left out
 2    wrong usage, or a file that cannot be read or written
 3    the server cannot be reached
-130  interrupted with Ctrl-C; an uploaded task goes on unless you cancel it
+130  interrupted with Ctrl-C, or by your answer; an uploaded task goes on unless you cancel it
 Of 'inflora serve': 0 stopped by a signal, 1 cannot start, 2 wrong usage.
 Of 'inflora doctor': 0 sound, 1 damaged, 2 wrong usage, or cannot look."""
 

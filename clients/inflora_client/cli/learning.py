@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 from rich.prompt import Prompt
+from rich.text import Text
 
 from inflora_client import Client, Task, TaskState
 from inflora_client.cli import render
@@ -68,7 +69,7 @@ def _wants_to_cancel(task_id: str) -> bool:
         return False
     try:
         answer = Prompt.ask(
-            f"\nDetach from task {task_id}, which then goes on, or cancel it?",
+            Text(f"\nDetach from task {task_id}, which then goes on, or cancel it?", "prompt"),
             console=Console(stderr=True),
             choices=[_DETACH, _CANCEL],
             default=_DETACH,

@@ -126,6 +126,15 @@ def version_table(versions: Iterable[Version]) -> Table:
     )
 
 
+def version_view(version: Version) -> RenderableType:
+    """A version, and a row for each of its classes."""
+    classes = _table(
+        ("class", "aliases", "task"),
+        ((c.label, ", ".join(c.aliases), short(c.task)) for c in version.classes),
+    )
+    return Group(version_table([version]), Text(), classes)
+
+
 def version_tree(versions: Iterable[Version]) -> RenderableType:
     """The lineage, oldest first: what goes on from a version follows it, branches are indented.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ EXIT_REFUSED = 1
 EXIT_USAGE = 2
 EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+_UNBROKEN = 1 << 16
+"""Columns of a page on which no row is broken."""
 
 # Someone waits at the terminal: say sooner than a service would that nobody answers.
 _RETRY = RetryPolicy(max_attempts=3)
@@ -100,6 +104,8 @@ class Session:
     @contextmanager
     def client(self) -> Iterator[Client]:
         """Connect, and end the command with one line and its exit code on an error."""
+        if ":" not in self.server:  # gRPC would look for it at port 443
+            fail(f"--server {self.server} has no port: give it as HOST:PORT", EXIT_USAGE)
         try:
             with Client(self.server, retry=_RETRY, **self.access.arguments()) as client:
                 yield client
@@ -132,7 +138,7 @@ class Session:
         elif isinstance(view, str):
             typer.echo(view)  # a console would wrap it, and take [brackets] in paths for markup
         else:
-            Console().print(view)
+            _console().print(view)
 
 
 def _hint(error: InfloraClientError) -> str:
@@ -140,6 +146,14 @@ def _hint(error: InfloraClientError) -> str:
     if isinstance(error, TaskFailedError) and error.task.state in _HINTS_OF_TASKS:
         return _HINTS_OF_TASKS[error.task.state]
     return next((hint for kind, hint in _HINTS if isinstance(error, kind)), "")
+
+
+def _console() -> Console:
+    """Return where views are shown: as wide as it is, but what programs read has a row a line."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _UNBROKEN
+    return console
 
 
 def someone_answers() -> bool:

@@ -24,6 +24,7 @@ from inflora_client.cli.progress import busy
 from inflora_client.cli.session import (
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
+    EXIT_UNREACHABLE,
     EXIT_USAGE,
     Session,
     fail,
@@ -82,8 +83,13 @@ def make_sure(context: typer.Context, session: Session, unasked: bool) -> None:
     if unasked or someone_answers():
         command = [sys.executable, "-m", SERVER, *config_arguments(context)]
         store = _store_of(command)
-        if unasked or _is_wanted(session.server, store):
-            _start(command, address, store)
+        if not (unasked or _is_wanted(session.server, store)):
+            fail(
+                f"nothing was sent, as no server listens at {session.server}; start one with "
+                "'inflora serve', or 'inflora learn --start-server'",
+                EXIT_UNREACHABLE,
+            )
+        _start(command, address, store)
 
 
 @dataclass(frozen=True, slots=True)

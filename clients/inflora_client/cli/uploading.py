@@ -39,7 +39,8 @@ def examples_of(source: Path, choice: Choice) -> Iterator[Sequence[Example]]:
         except OSError as error:
             fail(of_file(error), EXIT_USAGE)
         if found.left_out:
-            note(f"left out: {found.left_out} files that are not images by their suffix")
+            files = "1 file" if found.left_out == 1 else f"{found.left_out} files"
+            note(f"left out: {files} without the suffix of an image, or in the folder of no class")
         yield found.examples
 
 

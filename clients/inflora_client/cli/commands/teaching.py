@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.prompt import Confirm
+from rich.text import Text
 
-from inflora_client import LearnOptions
+from inflora_client import Client, LearnOptions
 from inflora_client.cli import learning, starting, uploading
 from inflora_client.cli.commands.arguments import (
     ClassesOption,
@@ -21,8 +25,9 @@ from inflora_client.cli.commands.arguments import (
     examples,
     label_argument,
 )
-from inflora_client.cli.session import Session
+from inflora_client.cli.session import EXIT_INTERRUPTED, Session, note, someone_answers
 from inflora_client.cli.sources import Choice
+from inflora_client.cli.sources.common import listed
 
 app = typer.Typer()
 
@@ -117,6 +122,10 @@ def forget(
             "--purge", help="Delete the data of all older versions that know them, for good."
         ),
     ] = False,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Purge without asking; without a terminal nobody is asked."),
+    ] = False,
     detach: DetachOption = False,
     server: ServerOption = None,
     as_json: JsonOption = False,
@@ -124,7 +133,32 @@ def forget(
     """Forget classes for good: no version will know them any more."""
     session = Session.of(context, server, as_json)
     with session.client() as client:
+        if purge and not yes and someone_answers():
+            _confirm(client, labels)
         learning.queued(session, client, client.forget(labels, purge=purge), detach)
+
+
+def _confirm(client: Client, labels: Sequence[str]) -> None:
+    """Ask whether the versions that a purge deletes may go; end the command if not.
+
+    A class that was renamed, or forgotten before, can be known to more of them than its names tell.
+    """
+    numbers = sorted(
+        version.number
+        for version in client.versions()
+        if not version.purged and any({c.label, *c.aliases} & set(labels) for c in version.classes)
+    )
+    which = f" ({listed(map(str, numbers))})" if numbers else ""
+    question = Text(
+        f"Delete for good all versions that know {', '.join(labels)} so far{which}?", "prompt"
+    )
+    try:
+        if Confirm.ask(question, console=Console(stderr=True), default=False):
+            return
+    except EOFError:
+        pass
+    note("nothing was forgotten; without --purge, older versions are kept and hide the class")
+    raise typer.Exit(EXIT_INTERRUPTED)
 
 
 @app.command(rich_help_panel=_PANEL, epilog=examples("inflora rename dog hound"))

@@ -18,7 +18,7 @@ from inflora_client.cli.commands.arguments import (
     VersionArgument,
     examples,
 )
-from inflora_client.cli.session import Session, note
+from inflora_client.cli.session import EXIT_USAGE, Session, fail, note
 
 app = typer.Typer()
 
@@ -27,10 +27,18 @@ _PANEL = "Versions"
 
 @app.command(
     rich_help_panel=_PANEL,
-    epilog=examples("inflora versions", "inflora versions --flat", "inflora --json versions"),
+    epilog=examples("inflora versions", "inflora versions 3", "inflora versions --flat"),
 )
 def versions(
     context: typer.Context,
+    version: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[N]",
+            help="Show this one with its classes, or 'current'.",
+            autocompletion=completing.version_numbers,
+        ),
+    ] = None,
     flat: Annotated[
         bool, typer.Option("--flat", help="As a table, newest first, and not as a tree.")
     ] = False,
@@ -40,6 +48,10 @@ def versions(
     """Show the lineage of versions, oldest first; branches are indented below where they began."""
     session = Session.of(context, server, as_json)
     with session.client() as client:
+        if version is not None:
+            one = client.version(version)
+            session.show([one], render.version_view(one))
+            return
         found = list(client.versions())
         if found:
             session.show(found, render.version_table(found) if flat else render.version_tree(found))
@@ -124,6 +136,8 @@ def export(
     session = Session.of(context, server, as_json)
     with session.client() as client:
         artifact = f"model.{form.value}.onnx" if form else DEFAULT_ARTIFACT
+        if output == Path("-"):  # would become a file of that name
+            fail("a version is verified before it is a file: give --output a name", EXIT_USAGE)
         file = client.download(version, artifact, to=output or artifact)
         session.show(
             [file],

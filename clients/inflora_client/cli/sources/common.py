@@ -44,7 +44,8 @@ class Source:
 
     Attributes:
         examples: The images, none of which has been read yet. ``str`` of one says where it is.
-        left_out: Files that are not images by their suffix. Hidden ones are not counted.
+        left_out: Files that are not images by their suffix, or lie beside the folders of classes.
+            Hidden ones are not counted.
     """
 
     examples: Sequence[Example]

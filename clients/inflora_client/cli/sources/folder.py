@@ -24,14 +24,16 @@ def read_folder(folder: Path, choice: Choice) -> Source:
         OSError: The folder cannot be read.
     """
     by_label: dict[str, list[Path]] = {}
+    left_out = 0
     for path in visible(folder):
         if path.is_dir():
             by_label.setdefault(normalised(path.name), []).append(path)
+        else:
+            left_out += 1
     if not by_label:
         raise SourceError(f"{folder} has no sub-folders: make one for each class")
 
     examples: list[Example] = []
-    left_out = 0
     for label in chosen(choice.classes, by_label, folder):
         files = [f for path in by_label[label] for f in visible(path) if f.is_file()]
         images = [f for f in files if is_image(f.name)]
