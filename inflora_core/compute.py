@@ -86,10 +86,20 @@ def is_memory_error(error: BaseException) -> bool:
     )
 
 
-def halves(precision: Precision, device: torch.device) -> bool:
-    """Return whether to multiply in bfloat16: where it is asked for, or the hardware does it."""
+def halves(precision: Precision, device: torch.device, *, limited: bool = False) -> bool:
+    """Return whether to multiply in bfloat16: where it is asked for, or the hardware does it.
+
+    Args:
+        precision: What is asked for.
+        device: Where the backbone is.
+        limited: Whether the process may take only so much memory.
+    """
     if precision != "auto":
         return precision == "bfloat16"
+    if limited and device.type == "cpu":
+        # What multiplies in bfloat16 there takes memory of its own and does not look whether it got
+        # any: where float32 is tried again in smaller parts, it ends with SIGSEGV.
+        return False
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return _processor_multiplies_bfloat16()

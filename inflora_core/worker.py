@@ -588,7 +588,7 @@ def main() -> None:
     if args.deterministic:
         make_deterministic()
     group = Group.of_environment(device)
-    compute = Compute(device, halves(args.precision, device), group)
+    compute = Compute(device, halves(args.precision, device, limited=args.memory_bytes > 0), group)
     store = Store.open(args.store)
     worker = Worker(store, compute, threads)
     if channel is not None:

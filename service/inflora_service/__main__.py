@@ -234,7 +234,8 @@ def _parser() -> Parser:
         group,
         "--learn-precision",
         defaults.learn_precision,
-        "what training multiplies matrices in; auto: bfloat16 where the hardware does",
+        "what training multiplies matrices in; auto: bfloat16 where the hardware does, but not "
+        "on a processor with --learn-memory-bytes",
         choices=("auto", "float32", "bfloat16"),
     )
     group.add_argument(

@@ -19,6 +19,8 @@ CTRL_C, CTRL_D, ENTER = "\x03", "\x04", "\r"
 COLUMNS = 200
 SECONDS = 120
 """Longest wait for something to be shown."""
+PATIENCE = 5
+"""Seconds after which a key is pressed again that seems not to have been heard."""
 
 MAIN = "from inflora_client.cli import main; main()"
 # A background job of a shell, as CI may be, ignores Ctrl-C, and so would its children.
@@ -62,8 +64,25 @@ class Terminal:
             pass
         return self._process.wait(SECONDS)
 
-    def _read(self) -> bool:
-        ready, _, _ = select.select([self._master], [], [], SECONDS)
+    def interrupt(self) -> int:
+        """Press Ctrl-C until the command has ended; return its exit code.
+
+        One that comes after a question is shown, and before Python waits for the answer, is heard
+        with the next key only: a person would press it again.
+        """
+        self.press(CTRL_C)
+        while self._read(again=CTRL_C):
+            pass
+        return self._process.wait(SECONDS)
+
+    def _read(self, again: str = "") -> bool:
+        ready: list[int] = []
+        for _ in range(SECONDS // PATIENCE):
+            ready, _, _ = select.select([self._master], [], [], PATIENCE)
+            if ready:
+                break
+            if again:
+                os.write(self._master, again.encode())
         assert ready, f"nothing more is shown:\n{self.shown}"
         try:
             read = os.read(self._master, 65536)

@@ -150,8 +150,7 @@ class TestExitCodes:
             screen.until("50%")
             screen.press(CTRL_C)
             screen.until("or cancel it?")
-            screen.press(CTRL_C)
-            met[screen.end()] = "interrupted"
+            met[screen.interrupt()] = "interrupted"
         assert met == {
             0: "done",
             1: "refused",

@@ -176,6 +176,8 @@ def test_what_is_asked_for_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not halves("auto", CPU)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert halves("auto", CPU)
+    assert not halves("auto", CPU, limited=True), "there, want of memory would be its end"
+    assert halves("bfloat16", CPU, limited=True)
 
 
 @given(st.lists(st.floats(0, 100, width=32), max_size=20))

@@ -106,8 +106,7 @@ def test_asks_at_a_terminal(folder: Path, address: str) -> None:
     assert "inflora learn --start-server" in screen.shown
     with terminal(words, folder, environ(folder)) as screen:
         screen.until(question)
-        screen.press(CTRL_C)
-        assert screen.end() == 130
+        assert screen.interrupt() == 130
     assert not (folder / "shop").exists()
     with terminal(words, folder, environ(folder)) as screen:
         screen.until(question)

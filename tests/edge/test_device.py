@@ -227,7 +227,7 @@ class TestOverABadLine:
 
         server.spoil = hang
         with server.running() as address:
-            device = Device(Server(address, timeout=0.3), tmp_path / "other")
+            device = Device(Server(address, timeout=2), tmp_path / "other")
             with pytest.raises(ServerError, match="CANCELLED"):
                 device.update()
             assert waiting.is_set()
