@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
+from rich.prompt import Confirm
+from rich.text import Text
 
 from inflora_client import (
     AlreadyExistsError,
@@ -159,6 +161,19 @@ def _console() -> Console:
 def someone_answers() -> bool:
     """Whether there is somebody at a terminal who can be asked."""
     return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def agrees(question: str, *, default: bool) -> bool:
+    """Ask somebody at the terminal; no answer is no.
+
+    Args:
+        question: What is asked; nothing in it is markup.
+        default: What Enter says.
+    """
+    try:
+        return Confirm.ask(Text(question, "prompt"), console=Console(stderr=True), default=default)
+    except EOFError:
+        return False
 
 
 def note(message: str) -> None:

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.prompt import Confirm
-from rich.text import Text
 
 from inflora_client._access import is_loopback
 from inflora_client.cli.progress import busy
@@ -27,6 +24,7 @@ from inflora_client.cli.session import (
     EXIT_UNREACHABLE,
     EXIT_USAGE,
     Session,
+    agrees,
     fail,
     note,
     someone_answers,
@@ -122,14 +120,7 @@ class _Address:
 
 def _is_wanted(server: str, store: Path) -> bool:
     question = f"No server listens at {server}. Start one here, with its store in {store}?"
-    try:
-        return Confirm.ask(
-            Text(question, style="prompt"),  # a path may have [brackets]
-            console=Console(stderr=True),
-            default=True,
-        )
-    except EOFError:
-        return False
+    return agrees(question, default=True)
 
 
 def _store_of(command: list[str]) -> Path:

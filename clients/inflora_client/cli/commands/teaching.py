@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.prompt import Confirm
-from rich.text import Text
 
 from inflora_client import Client, LearnOptions
 from inflora_client.cli import learning, starting, uploading
@@ -25,7 +22,7 @@ from inflora_client.cli.commands.arguments import (
     examples,
     label_argument,
 )
-from inflora_client.cli.session import EXIT_INTERRUPTED, Session, note, someone_answers
+from inflora_client.cli.session import EXIT_INTERRUPTED, Session, agrees, note, someone_answers
 from inflora_client.cli.sources import Choice
 from inflora_client.cli.sources.common import listed
 
@@ -149,16 +146,10 @@ def _confirm(client: Client, labels: Sequence[str]) -> None:
         if not version.purged and any({c.label, *c.aliases} & set(labels) for c in version.classes)
     )
     which = f" ({listed(map(str, numbers))})" if numbers else ""
-    question = Text(
-        f"Delete for good all versions that know {', '.join(labels)} so far{which}?", "prompt"
-    )
-    try:
-        if Confirm.ask(question, console=Console(stderr=True), default=False):
-            return
-    except EOFError:
-        pass
-    note("nothing was forgotten; without --purge, older versions are kept and hide the class")
-    raise typer.Exit(EXIT_INTERRUPTED)
+    question = f"Delete for good all versions that know {', '.join(labels)} so far{which}?"
+    if not agrees(question, default=False):
+        note("nothing was forgotten; without --purge, older versions are kept and hide the class")
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 @app.command(rich_help_panel=_PANEL, epilog=examples("inflora rename dog hound"))
