@@ -36,7 +36,7 @@ from inflora_core.graph import (
     value_weight,
 )
 from inflora_core.model import ContinualModel, ParityReport
-from inflora_core.predictor import CPU, session_options
+from inflora_core.predictor import CPU, each_alone, session_options
 
 LARGEST_FILE = 2**31 - 2**20
 """A protobuf message ends at 2 GiB; weights beyond would have to lie in files of their own."""
@@ -122,7 +122,7 @@ def check_parity(
     difference, allowed = _difference(answered, expected, tolerance)
     del classify
     grey_levels = _grey_levels(_session(preprocess_part), images, resized, backbone)
-    agreement = _agreement(_session(model), images, expected, allowed)
+    agreement = _agreement(model, images, expected, allowed)
     return ParityReport(
         images=len(images),
         max_abs_diff=difference,
@@ -201,15 +201,14 @@ def _grey_levels(
 
 
 def _agreement(
-    session: ort.InferenceSession,
+    model: bytes,
     images: Sequence[NDArray[np.uint8]],
     logits: NDArray[np.float32],
     tie: float,
 ) -> float:
     """Return the share of ``images`` that ONNX names as ``logits`` do, from image to class."""
-    answered = np.array(
-        [session.run([LOGITS], {IMAGES: image[None]})[0][0].argmax() for image in images]
-    )
+    each = each_alone(model, [LOGITS], images, torch.get_num_threads())
+    answered = np.array([own[0].argmax() for (own,) in each])
     lost = logits.max(1) - np.take_along_axis(logits, answered[:, None], 1)[:, 0]
     differ = int((lost > tie).sum())
     agreement = 1 - differ / len(images)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -27,7 +26,6 @@ from inflora_core import wire
 from inflora_core.errors import DamagedError
 from inflora_core.graph import (
     EMBEDDING,
-    IMAGES,
     LOGITS,
     PROBABILITIES,
     behind,
@@ -38,7 +36,7 @@ from inflora_core.graph import (
 )
 from inflora_core.model import Agreement, FileEntry
 from inflora_core.passes import first_token
-from inflora_core.predictor import CPU, session_options
+from inflora_core.predictor import each_alone
 
 FORM = "form"
 """The key of a file's metadata under which its form is."""
@@ -88,16 +86,24 @@ Answers = tuple[NDArray[np.intp], NDArray[np.float32]]
 """Of n images: (n,) the positions of the likeliest classes, (n, classes) probabilities."""
 
 
-def answers(model: bytes, images: Iterable[NDArray[np.uint8]], threads: int) -> Answers:
+def answers(
+    model: bytes,
+    images: Sequence[NDArray[np.uint8]],
+    threads: int,
+    step: Callable[[], None] = lambda: None,
+) -> Answers:
     """Return what a version's file, in any form, says of images, one at a time as devices do.
 
     Args:
         model: The file.
         images: At least one, each (h, w, 3) uint8 of any size.
         threads: To use.
+        step: Called after each image; what it raises ends this.
     """
-    session = ort.InferenceSession(model, session_options(threads), providers=[CPU])
-    found = [session.run([LOGITS, PROBABILITIES], {IMAGES: image[None]}) for image in images]
+    found = []
+    for answer in each_alone(model, [LOGITS, PROBABILITIES], images, threads):
+        found.append(answer)
+        step()
     logits, probabilities = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     return logits.argmax(axis=1), probabilities
 

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from inflora_core.errors import DamagedError, InvalidInputError, StateError, Una
 from inflora_core.graph import (
     CLASSES,
     EMBEDDING,
+    IMAGES,
     OUTPUTS,
     PIXELS,
     ModelCard,
@@ -534,6 +536,31 @@ def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
     # Between runs nobody spins on the cores that decoding and learning need.
     session.add_session_config_entry("session.force_spinning_stop", "1")
     return session
+
+
+def each_alone(
+    model: bytes, outputs: Sequence[str], images: Sequence[NDArray[np.uint8]], threads: int
+) -> Iterator[list[Any]]:
+    """Run a version's file as it is, one image at a time as devices do, and yield what it says.
+
+    Runs of one thread each, side by side: no run waits for its slowest thread.
+
+    Args:
+        model: The file, or a smaller form of it.
+        outputs: Which of its outputs.
+        images: Each (h, w, 3) uint8 of any size; looked at when its turn comes.
+        threads: To use.
+
+    Yields:
+        Of each image the ``outputs``, in order.
+    """
+    session = ort.InferenceSession(model, session_options(1), providers=[CPU])
+
+    def run(row: int) -> list[Any]:
+        return list(session.run(outputs, {IMAGES: images[row][None]}))
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(run, range(len(images)))
 
 
 def processors() -> int:

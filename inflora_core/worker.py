@@ -250,13 +250,9 @@ class Worker:
             return (), []
         _, images = examples.sample(FORM_IMAGES)
 
-        def stepped() -> Iterator[Array]:
-            for image in images:
-                tracker.step(1.0)  # where it can be cancelled
-                yield image
-
         def ask(content: bytes) -> forms.Answers:
-            return forms.answers(content, stepped(), self._threads)
+            # A step is where it can be cancelled.
+            return forms.answers(content, images, self._threads, partial(tracker.step, 1.0))
 
         expected = ask(onnx)
         chosen: list[Form] = []

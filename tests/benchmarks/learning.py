@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inflora_core.adapters import adapted
 from inflora_core.backbone import Backbone, build_backbone, state_of
-from inflora_core.compute import Compute, halves
+from inflora_core.compute import Compute, Precision, halves
 from inflora_core.config import LearnConfig
 from inflora_core.export import export_template
 from inflora_core.group import Group
@@ -129,7 +129,7 @@ def code() -> str:
     return "".join(teaching.code_digest(path)[:16] for path in paths)
 
 
-def precisions(device: torch.device) -> tuple[str, ...]:
+def precisions(device: torch.device) -> tuple[Precision, ...]:
     """Return those that the device is made for."""
     return ("float32", "bfloat16") if halves("auto", device) else ("float32",)
 
@@ -283,12 +283,16 @@ def part_task(options: argparse.Namespace, record: Record) -> Found:
     rounds = 3 if on_cpu else 1
     plan = {} if on_cpu else {BASE: {"images": 5000, "epochs": 20, "batch_size": 128}}
     plan[TINY] = {"images": options.images, "epochs": 5, "batch_size": 32}
+    kinds = precisions(device_of(options.device))
     result = {}
     for architecture, sizes in plan.items():
-        result[architecture] = record.take(
-            {"part": "task", "architecture": architecture, "rounds": rounds, **sizes},
-            partial(task, options, architecture, rounds, **sizes),
-        )
+        # A GPU's float32 takes minutes, and tells nothing that the step does not.
+        for precision in kinds if on_cpu else kinds[-1:]:
+            result[f"{architecture}, {precision}"] = record.take(
+                {"part": "task", "architecture": architecture, "precision": precision}
+                | {"rounds": rounds, **sizes},
+                partial(task, options, architecture, precision, rounds, **sizes),
+            )
     first = next(iter(result.values()))
     return {"non_step_share": first["non_step_share"], "task": result}
 
@@ -296,6 +300,7 @@ def part_task(options: argparse.Namespace, record: Record) -> Found:
 def task(
     options: argparse.Namespace,
     architecture: str,
+    precision: Precision,
     rounds: int,
     images: int,
     epochs: int,
@@ -304,7 +309,7 @@ def task(
     """Return medians of a task's stages."""
     runs = []
     with tempfile.TemporaryDirectory() as name:
-        school = School(Path(name), architecture, options)
+        school = School(Path(name), architecture, options, precision)
         school.learn(images=32, epochs=1)
         for _ in range(rounds):
             runs.append(school.learn(images, epochs, batch_size=batch_size))
@@ -331,16 +336,23 @@ class School:
         folder: For the store, and for images.
         architecture: Of the backbone.
         options: Device and threads.
+        precision: Of training.
     """
 
-    def __init__(self, folder: Path, architecture: str, options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        architecture: str,
+        options: argparse.Namespace,
+        precision: Precision = "auto",
+    ) -> None:
         self._folder = folder
         device = device_of(options.device)
         backbone = random_backbone(architecture, torch.device("cpu"))
         self._size = backbone.preprocessing.height, backbone.preprocessing.width
         self.store = Store.open(folder / "store")
         self.store.set_backbone(backbone.config, state_of(backbone), export_template(backbone))
-        compute = Compute(device, halves("auto", device))
+        compute = Compute(device, halves(precision, device))
         self.worker = Worker(self.store, compute, torch.get_num_threads())
         self._device = device
         self._tasks = 0

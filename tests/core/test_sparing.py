@@ -1,4 +1,4 @@
-"""The last block for the class token alone: the same features and gradients, and less work."""
+"""The same features and gradients as timm's, with less work."""
 
 from __future__ import annotations
 
