@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -69,7 +69,8 @@ class Compute:
             try:
                 return run(parts)
             except (MemoryError, RuntimeError) as error:
-                if size == 1 or not is_memory_error(error):
+                # A recording would hold what this attempt has done, and do it in every step.
+                if size == 1 or self._is_recording() or not is_memory_error(error):
                     raise
                 log.warning("%d images at a time do not fit in memory: %s", size, str(error)[:200])
             # Here, after the error's frames and what they hold are gone.
@@ -77,6 +78,20 @@ class Compute:
             allocator.give_back()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _is_recording(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep GPUs from rounding a convolution's inputs to 10 bits (TF32), as they do by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def is_memory_error(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from inflora_core.backbone import Backbone
+from inflora_core.compute import full_precision
 from inflora_core.errors import (
     InvalidInputError,
     ParityError,
@@ -223,21 +224,10 @@ def _torch_logits(
     unmerged: Callable[[Tensor], Tensor], pixels: Tensor, backbone: Backbone
 ) -> NDArray[np.float32]:
     device = next(backbone.module.parameters()).device
-    with torch.inference_mode(), _full_precision():
+    with torch.inference_mode(), full_precision():
         chunks = [unmerged(chunk.to(device)).float().cpu() for chunk in pixels.split(_CHUNK)]
     logits: NDArray[np.float32] = torch.cat(chunks).numpy()
     return logits
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Keep GPUs from rounding a convolution's inputs to 10 bits (TF32), as they do by default."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def _session(model: bytes) -> ort.InferenceSession:

@@ -21,7 +21,7 @@ from inflora_core import gate, subspace
 from inflora_core.adapters import adapted, set_key_value
 from inflora_core.backbone import Backbone
 from inflora_core.checkpoint import Checkpoint
-from inflora_core.compute import Compute
+from inflora_core.compute import Compute, full_precision
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError, StateError
 from inflora_core.group import Group
@@ -345,6 +345,7 @@ def some_of_each(labels: Array, count: int) -> Array:
 
 
 @torch.no_grad()
+@full_precision()
 def features_of(
     backbone: Backbone,
     images: Images,

@@ -501,9 +501,9 @@ def _telling_damage() -> Iterator[None]:
 
 NO_MEMORY = re.compile(
     r"bad_alloc|bad allocation|Failed to allocate memory|can't allocate memory|out of memory"
-    r"|could not create a primitive"
+    r"|could not create a primitive|STATUS_ALLOC_FAILED"
 )
-"""What torch, onnxruntime and oneDNN say in errors that are no ``MemoryError``."""
+"""What torch, onnxruntime, oneDNN, cuBLAS and cuDNN say in errors that are no ``MemoryError``."""
 
 
 @contextlib.contextmanager

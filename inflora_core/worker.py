@@ -59,6 +59,7 @@ from inflora_core.errors import (
     CancelledError,
     DamagedError,
     InfloraError,
+    InvalidImageError,
     InvalidInputError,
     LimitExceededError,
     StateError,
@@ -201,16 +202,18 @@ class Worker:
         """Learn one task, as every process of the group does at the same time."""
         backbone = self._load()
         examples = self._decode(lecture.spool, backbone, lecture.before, tracker)
-        learned = learn_task(
-            lecture.before,
-            backbone,
-            examples.data,
-            lecture.task,
-            lecture.config,
-            tracker,
-            checkpoint=Checkpoint(lecture.spool if self.group.leads else None),
-            compute=self._compute,
-        )
+        # Images are not of what is kept: they go at the end of the task, when nobody gives back.
+        with allocator.kept():
+            learned = learn_task(
+                lecture.before,
+                backbone,
+                examples.data,
+                lecture.task,
+                lecture.config,
+                tracker,
+                checkpoint=Checkpoint(lecture.spool if self.group.leads else None),
+                compute=self._compute,
+            )
         return learned, examples
 
     def edit(
@@ -299,7 +302,7 @@ class Worker:
             predictor = Predictor.load(content, RuntimeOptions(self._threads, "cpu"))
             right = 0
             for image, position in examples:
-                answers = predictor.predict([decode(image, _LIMITS)])
+                answers = predictor.predict([_decoded(image)])
                 right += int(answers.logits.argmax()) == position
                 tracker.step(1.0)  # where it can be cancelled
             shares.append(right / len(examples))
@@ -332,7 +335,7 @@ class Worker:
         pixels = np.empty((len(mine), size.height, size.width, 3), np.uint8)
 
         def bring_to_size(row: int) -> None:
-            pixels[row] = backbone.resize(decode(spooled[mine[row]][0], _LIMITS))
+            pixels[row] = backbone.resize(_decoded(spooled[mine[row]][0]))
 
         try:
             with ThreadPoolExecutor(self._threads) as pool:
@@ -404,7 +407,22 @@ class Decoded(Sequence[Array]):
 
     def __getitem__(self, index: Any) -> Any:
         """Return the image at ``index``, (h, w, 3) uint8."""
-        return decode(self._encoded[index], _LIMITS)
+        return _decoded(self._encoded[index])
+
+
+def _decoded(encoded: bytes) -> Array:
+    """Return an image (h, w, 3) uint8 that could be decoded when it came.
+
+    Raises:
+        InvalidImageError: it is damaged.
+        MemoryError: there is none for it; it would be taken for damaged.
+    """
+    try:
+        return decode(encoded, _LIMITS)
+    except InvalidImageError as error:
+        if error.__cause__ and is_memory_error(error.__cause__):
+            raise MemoryError("for decoding an image") from error
+        raise
 
 
 class Channel:

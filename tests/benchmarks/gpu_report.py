@@ -91,8 +91,12 @@ def figures_of_learning(found: dict[str, Any]) -> dict[str, Any]:
     """Put them in the order of the report."""
     stages = {name: row.pop("stages") for name, row in found["task"].items()}
     plain = {key: value for key, value in found.items() if not isinstance(value, dict)}
-    rows = found["steps"] | found["task"] | {"seconds by stage": stages}
-    return plain | rows | {"the stream by epochs": found.get("accuracy", {})}
+    return plain | {
+        "a step of": found["steps"],
+        "a task of": found["task"],
+        "seconds of": stages,
+        "the stream by epochs and precision": found.get("accuracy", {}),
+    }
 
 
 def runs(options: argparse.Namespace) -> dict[str, Any]:

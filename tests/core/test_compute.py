@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import ImageFile
 from torch import Tensor
 
 from inflora_core.backbone import Backbone
@@ -56,7 +57,13 @@ def test_parts_become_smaller_until_they_fit(count: int, fits: int, at_most: int
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=repr,
 )
 def test_not_even_one_row_fits(error: Exception) -> None:
     def run(parts: Sequence[slice]) -> None:
@@ -257,6 +264,15 @@ def test_steps_that_are_played_back_learn_the_same(
     )
 
 
+def test_images_that_do_not_fit_beside_the_model(
+    backbone: Backbone, before: ContinualModel, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay where they are, and each batch is brought when its turn comes."""
+    plain = teach(before, backbone, ["blue", "white"], Compute(cuda))
+    monkeypatch.setattr("inflora_core.training.DEVICE_SHARE", 0.0)
+    assert_alike(teach(before, backbone, ["blue", "white"], Compute(cuda)), plain, 1e-4)
+
+
 def test_a_step_that_cannot_be_recorded_is_computed(
     backbone: Backbone,
     before: ContinualModel,
@@ -277,8 +293,23 @@ def test_a_step_that_cannot_be_recorded_is_computed(
     assert_alike(learned, plain, 1e-4)
 
 
+@contextmanager
+def no_room_to_decode(worker: Worker) -> Iterator[None]:
+    def load(image: Any) -> Any:
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", load)
+        yield
+
+
+@pytest.mark.parametrize(
+    "shortage", [lambda worker: room_for(worker._load(), 0), no_room_to_decode]
+)
 def test_the_worker_tells_of_memory_and_takes_the_next_task(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shortage: Callable[[Worker], AbstractContextManager[None]],
 ) -> None:
     """Not even one image fits: the task fails with the reason, and the process goes on."""
     store = Store.open(tmp_path / "store")
@@ -299,7 +330,7 @@ def test_the_worker_tells_of_memory_and_takes_the_next_task(
     # With the end of its commands a worker ends its process, which is the tests' here.
     monkeypatch.setattr(os, "_exit", lambda status: None)
     channel = Channel(io.StringIO(), events)
-    with room_for(worker._load(), 0):
+    with shortage(worker):
         monkeypatch.setattr(channel, "commands", lambda: iter(commands[:1]))
         serve(worker, channel)
     monkeypatch.setattr(channel, "commands", lambda: iter(commands[1:]))
