@@ -426,8 +426,10 @@ def tasks(options: argparse.Namespace, architecture: str) -> Found:
             late.append(long.learn(64, 1))
     return {
         "time_ratio": median(b["seconds"] / a["seconds"] for a, b in zip(early, late, strict=True)),
-        # To its own second task, in this process: what it has kept since must show.
-        "memory_ratio": median(run["peak_gigabytes"] for run in late) / stream[1]["peak_gigabytes"],
+        # To its own second task, in this process: what it has kept since must show. The pairs come
+        # after that: the other stores' workers take memory, too.
+        "memory_ratio": median(run["peak_gigabytes"] for run in stream[-pairs:])
+        / stream[1]["peak_gigabytes"],
         "ratios_by_stage": {
             stage: median(
                 b["stages"][stage] / a["stages"][stage] for a, b in zip(early, late, strict=True)
