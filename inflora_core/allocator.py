@@ -28,7 +28,6 @@ _ALL = 2**31 - 1
 
 _lock = threading.Lock()
 _inside: set[object] = set()
-_for_good = threading.Event()
 
 
 @contextmanager
@@ -52,7 +51,7 @@ def apart() -> Iterator[None]:
     finally:
         with _lock:
             _inside.remove(this)
-            if not _inside and not _for_good.is_set():
+            if not _inside:
                 _set(c, _MMAP_THRESHOLD, _USUAL)
         give_back()
 
@@ -60,8 +59,9 @@ def apart() -> Iterator[None]:
 def keep_apart() -> None:
     """Allocate like that for as long as this process lives."""
     if os.name == "posix":
-        _for_good.set()
-        _set(ctypes.CDLL(None), _MMAP_THRESHOLD, _FOR_GOOD)
+        with _lock:
+            _inside.add(keep_apart)  # which nobody takes out
+            _set(ctypes.CDLL(None), _MMAP_THRESHOLD, _FOR_GOOD)
 
 
 @contextmanager
@@ -69,9 +69,9 @@ def kept() -> Iterator[None]:
     """Keep meanwhile what is freed, and give it back then.
 
     What a step frees, a gigabyte and more, the next one takes. From the system it would come page
-    by page, each filled with zeros: 3 to 7% of the time. ``keep_apart`` holds nevertheless.
+    by page, each filled with zeros: 3 to 7% of the time. Where memory is apart, it stays so.
     """
-    if os.name != "posix" or _for_good.is_set():
+    if os.name != "posix" or _inside:
         yield
         return
     c = ctypes.CDLL(None)

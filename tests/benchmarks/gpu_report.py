@@ -84,11 +84,7 @@ def learning(options: argparse.Namespace) -> dict[str, Any]:
     """Steps, whole tasks and the stream's accuracy, as ``make bench-learning`` measures them."""
     command = ["--device", options.device, "--parts", "step", "task", "accuracy"]
     command += ["--seeds", "0 1 2", "--out", str(OUT / "learning")]
-    return figures_of_learning(learning_benchmark.main(command))
-
-
-def figures_of_learning(found: dict[str, Any]) -> dict[str, Any]:
-    """Put them in the order of the report."""
+    found = learning_benchmark.main(command)
     stages = {name: row.pop("stages") for name, row in found["task"].items()}
     plain = {key: value for key, value in found.items() if not isinstance(value, dict)}
     return plain | {

@@ -10,6 +10,10 @@ import pytest
 
 from inflora_core import allocator
 
+needs_glibc = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later"
+)
+
 PROGRAM = """
 import ctypes
 from inflora_core import allocator
@@ -41,7 +45,7 @@ assert apart() <= held - count * size, "they are kept"
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later")
+@needs_glibc
 def test_only_what_is_allocated_meanwhile_is_apart():
     """In a process of its own: where much is free already, blocks come from there."""
     command = [sys.executable, "-c", PROGRAM]
@@ -77,7 +81,7 @@ print(resident() - before > size)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later")
+@needs_glibc
 @pytest.mark.parametrize("given", [[], ["limited"]])
 def test_what_a_step_frees_is_there_for_the_next(given: list[str]):
     """And given back in the end; with a limit of memory, at once."""
