@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,6 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from inflora_core.backbone import Backbone
-from inflora_core.compute import full_precision
 from inflora_core.errors import (
     InvalidInputError,
     ParityError,
@@ -37,7 +36,7 @@ from inflora_core.graph import (
     value_weight,
 )
 from inflora_core.model import ContinualModel, ParityReport
-from inflora_core.predictor import CPU, each_alone, session_options
+from inflora_core.predictor import CPU, session_options
 
 LARGEST_FILE = 2**31 - 2**20
 """A protobuf message ends at 2 GiB; weights beyond would have to lie in files of their own."""
@@ -82,9 +81,10 @@ def export_template(backbone: Backbone) -> bytes:
 
 def check_parity(
     model: bytes,
-    unmerged: Callable[[Tensor], Tensor],
+    expected: NDArray[np.float32],
     resized: NDArray[np.uint8],
     images: Sequence[NDArray[np.uint8]],
+    answers: NDArray[np.intp],
     backbone: Backbone,
     tolerance: float = _TOLERANCE,
 ) -> ParityReport:
@@ -99,10 +99,11 @@ def check_parity(
 
     Args:
         model: The composed file.
-        unmerged: From pixels (n, 3, S, S') float32 on the backbone's device to logits
-            (n, classes), with frozen weights and low-rank branches.
+        expected: Logits (n, classes) of ``resized`` in torch, with frozen weights and low-rank
+            branches.
         resized: (n, S, S', 3) uint8, what timm's preprocessing makes of ``images``.
         images: Decoded originals, each (h, w, 3) uint8 of any size.
+        answers: (n,) positions of the classes that the file itself names ``images``.
         backbone: Whose preprocessing the graph repeats.
         tolerance: Largest difference of two logits.
 
@@ -115,7 +116,6 @@ def check_parity(
         raise InvalidInputError("parity needs at least one image to be checked on")
     preprocess_part, classify_part = split(model)
     pixels = backbone.normalise(torch.from_numpy(resized))
-    expected = _torch_logits(unmerged, pixels, backbone)
     classify = _session(classify_part)
     answered = np.concatenate(
         [classify.run([LOGITS], {PIXELS: chunk.numpy()})[0] for chunk in pixels.split(_CHUNK)]
@@ -123,7 +123,7 @@ def check_parity(
     difference, allowed = _difference(answered, expected, tolerance)
     del classify
     grey_levels = _grey_levels(_session(preprocess_part), images, resized, backbone)
-    agreement = _agreement(model, images, expected, allowed)
+    agreement = _agreement(answers, expected, allowed)
     return ParityReport(
         images=len(images),
         max_abs_diff=difference,
@@ -201,33 +201,16 @@ def _grey_levels(
     return average
 
 
-def _agreement(
-    model: bytes,
-    images: Sequence[NDArray[np.uint8]],
-    logits: NDArray[np.float32],
-    tie: float,
-) -> float:
-    """Return the share of ``images`` that ONNX names as ``logits`` do, from image to class."""
-    each = each_alone(model, [LOGITS], images, torch.get_num_threads())
-    answered = np.array([own[0].argmax() for (own,) in each])
-    lost = logits.max(1) - np.take_along_axis(logits, answered[:, None], 1)[:, 0]
+def _agreement(answers: NDArray[np.intp], logits: NDArray[np.float32], tie: float) -> float:
+    """Return the share of images that ONNX names as ``logits`` do, from image to class."""
+    lost = logits.max(1) - np.take_along_axis(logits, answers[:, None], 1)[:, 0]
     differ = int((lost > tie).sum())
-    agreement = 1 - differ / len(images)
+    agreement = 1 - differ / len(answers)
     if differ > 1 and agreement < AGREEMENT:
         raise ParityError(
-            f"ONNX and torch name {differ} of {len(images)} images differently, end to end"
+            f"ONNX and torch name {differ} of {len(answers)} images differently, end to end"
         )
     return agreement
-
-
-def _torch_logits(
-    unmerged: Callable[[Tensor], Tensor], pixels: Tensor, backbone: Backbone
-) -> NDArray[np.float32]:
-    device = next(backbone.module.parameters()).device
-    with torch.inference_mode(), full_precision():
-        chunks = [unmerged(chunk.to(device)).float().cpu() for chunk in pixels.split(_CHUNK)]
-    logits: NDArray[np.float32] = torch.cat(chunks).numpy()
-    return logits
 
 
 def _session(model: bytes) -> ort.InferenceSession:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inflora_core import gate, subspace
@@ -208,7 +206,7 @@ def learn_task(
         untrained_accuracy=accuracy(*left_out, taught),
     )
     evidence = gate.evidence(left_out, examined, taught, known=len(before.classes))
-    return Learned(after, factors, report, evidence)
+    return Learned(after, factors, report, evidence, train.rows.cpu().numpy(), features)
 
 
 def class_table(
@@ -394,34 +392,6 @@ def load_weights(backbone: Backbone, model: ContinualModel) -> None:
     """Set the backbone's K and V weights to the merged ones of ``model``."""
     for name, layer in model.layers.items():
         set_key_value(backbone.qkv(name), torch.from_numpy(layer.key_value))
-
-
-@contextmanager
-def before_merging(
-    backbone: Backbone, before: ContinualModel, learned: Learned
-) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The learned model as it was trained: W_(t-1) with this task's branches beside it.
-
-    Yields a function from normalised pixels (n, 3, S, S') to logits (n, classes) of all classes:
-    what the exported file, made of merged weights, is compared with. Leaves the merged weights.
-    """
-    reductions = {
-        name: torch.from_numpy(factors.reduction) for name, factors in learned.factors.items()
-    }
-    load_weights(backbone, before)
-    try:
-        with adapted(backbone.layers, reductions) as branches:
-            for name, branch in branches.items():
-                branch.expansion.data.copy_(torch.from_numpy(learned.factors[name].expansion))
-            yield lambda pixels: logits_of(learned.model, backbone.module(pixels))
-    finally:
-        load_weights(backbone, learned.model)
-
-
-def logits_of(model: ContinualModel, features: Tensor) -> Tensor:
-    """Return logits (n, classes) of all classes for final features (n, e)."""
-    weight = torch.from_numpy(model.head_weight).to(features)
-    return F.linear(features, weight, torch.from_numpy(model.head_bias).to(features))
 
 
 def report_layer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Self
@@ -648,12 +648,24 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Learned:
-    """What ``learn_task`` returns: the new state, and what this task added to the old one."""
+    """What ``learn_task`` returns: the new state, and what this task added to the old one.
+
+    Attributes:
+        model: The new state.
+        factors: What was added to each layer that was adapted.
+        report: What the owner of the task is told.
+        evidence: What the publish gate is told.
+        rows: (n,) int64, which of the task's images it was trained on.
+        features: (n, e) float32, what those became with W_(t-1) and the branches beside it: what a
+            file made of merged weights is compared with.
+    """
 
     model: ContinualModel
     factors: dict[str, Factors]
     report: TaskReport
     evidence: Evidence = Evidence()
+    rows: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    features: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 @dataclass(frozen=True)

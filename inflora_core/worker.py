@@ -70,7 +70,7 @@ from inflora_core.graph import materialise
 from inflora_core.group import Group, LostRankError
 from inflora_core.heads import spread
 from inflora_core.images import decode
-from inflora_core.learner import before_merging, learn_task
+from inflora_core.learner import learn_task
 from inflora_core.model import (
     Array,
     ContinualModel,
@@ -78,6 +78,7 @@ from inflora_core.model import (
     Form,
     LabelledImages,
     Learned,
+    ParityReport,
     Progress,
     Stage,
 )
@@ -96,12 +97,12 @@ _LIMITS = Limits()
 PROGRESS_SECONDS = 0.1
 """Least time between two reports of the same stage and epoch."""
 
-PARITY_IMAGES = 16
-"""Images of a task on which ONNX and torch are compared: enough to see any error of the merge."""
-
 FORM_IMAGES = 32
 """Images of a task on which the smaller forms are compared with ``model.onnx``. More would tell
 more, and take a hundredth of a small task's time for every 30."""
+
+PARITY_IMAGES = 16
+"""Of those, how many are compared with torch: enough to see any error of the merge."""
 
 
 class Worker:
@@ -156,9 +157,10 @@ class Worker:
         onnx = materialise(self._template, learned.model, self._store.next_number())
 
         tracker.start(Stage.CHECKING)
-        backbone = self._load()
-        with before_merging(backbone, before, learned) as logits:
-            parity = check_parity(onnx, logits, *examples.sample(PARITY_IMAGES), backbone)
+        shown = spread(examples.data.labels[learned.rows], FORM_IMAGES)
+        images = examples.decoded(learned.rows[shown])
+        answers = self._answers(onnx, images, tracker)
+        parity = self._parity(onnx, learned, examples, shown, answers)
         limits = limits or Gate()
         canaries = self._canaries(before, onnx, tracker) if limits.canary is not None else None
         checks = gate.checks(learned, limits, canaries)
@@ -166,7 +168,7 @@ class Worker:
             if not check.passed:
                 log.warning("task %s is held back: %s", task, check.message)
 
-        chosen, refusals = self._forms(onnx, examples, limits, tracker)
+        chosen, refusals = self._forms(onnx, images, answers, limits, tracker)
 
         tracker.start(Stage.PUBLISHING)
         # Under the names that the task used: an alias counts what its class has.
@@ -244,26 +246,55 @@ class Worker:
         self._newest = replace(edited.model, version=number)
         return number
 
+    def _answers(self, content: bytes, images: Decoded, tracker: Tracker) -> forms.Answers:
+        # A step is where it can be cancelled.
+        return forms.answers(content, images, self._threads, partial(tracker.step, 1.0))
+
+    def _parity(
+        self,
+        onnx: bytes,
+        learned: Learned,
+        examples: Examples,
+        shown: Array,
+        answers: forms.Answers,
+    ) -> ParityReport:
+        """Compare a file with what was trained, on some of the images that it has answered.
+
+        Args:
+            onnx: The file.
+            learned: What was trained.
+            examples: Of the task.
+            shown: (m,) positions among ``learned.rows``.
+            answers: The file's, for those.
+        """
+        few = slice(None, None, -(-len(shown) // PARITY_IMAGES))
+        rows = learned.rows[shown[few]]
+        return check_parity(
+            onnx,
+            learned.model.logits(learned.features[shown[few]]),
+            examples.data.images[rows],
+            examples.decoded(rows),
+            answers[0][few],
+            self._load(),
+        )
+
     def _forms(
-        self, onnx: bytes, examples: Examples, limits: Gate, tracker: Tracker
+        self,
+        onnx: bytes,
+        images: Decoded,
+        answers: forms.Answers,
+        limits: Gate,
+        tracker: Tracker,
     ) -> tuple[tuple[Form, ...], list[str]]:
         """Return the smaller forms of a file that agree with it, and what is against the others."""
-        wanted = [form for form in forms.FORMS if getattr(limits, form) is not None]
-        if not wanted:
-            return (), []
-        _, images = examples.sample(FORM_IMAGES)
-
-        def ask(content: bytes) -> forms.Answers:
-            # A step is where it can be cancelled.
-            return forms.answers(content, images, self._threads, partial(tracker.step, 1.0))
-
-        expected = ask(onnx)
         chosen: list[Form] = []
         refusals: list[str] = []
-        for form in wanted:
+        for form in forms.FORMS:
+            if getattr(limits, form) is None:
+                continue
             with _without(forms.file_of(form), refusals):
                 content, entry = forms.made(form, onnx)
-                agreement = forms.agreement(expected, ask(content))
+                agreement = forms.agreement(answers, self._answers(content, images, tracker))
                 if refusal := gate.form_refusal(form, agreement, limits):
                     refusals.append(f"{entry.name} is not handed out: {refusal}.")
                 else:
@@ -389,10 +420,9 @@ class Examples:
     encoded: Sequence[bytes]
     meant: Mapping[str, str]
 
-    def sample(self, images: int) -> tuple[Array, Decoded]:
-        """Return some of every class at model size (n, S, S', 3), and as they came."""
-        chosen = spread(self.data.labels, images)
-        return self.data.images[chosen], Decoded([self.encoded[i] for i in chosen])
+    def decoded(self, rows: Array) -> Decoded:
+        """Return some as they came."""
+        return Decoded([self.encoded[row] for row in rows])
 
 
 class Decoded(Sequence[Array]):

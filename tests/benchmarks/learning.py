@@ -20,10 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -153,15 +154,18 @@ def part_step(options: argparse.Namespace, record: Record) -> Found:
     """A training step against the forward pass, which is the floor of a third of it."""
     device = device_of(options.device)
     batch = options.batch or (128 if options.device == "cuda" else 32)
+    kinds = precisions(device)
+    # In turns, as a processor's pace changes by more than is looked for. On a GPU, where it does
+    # not, one after the other: what the first holds there would be counted as the second's.
+    together = [kinds] if device.type == "cpu" else [(kind,) for kind in kinds]
     steps: Found = {}
     for architecture in (TINY, BASE):
-        for precision in precisions(device):
-            half = precision == "bfloat16"
-            rounds = options.rounds if architecture == TINY else max(options.rounds // 3, 3)
-            key = {"part": "step", "architecture": architecture, "half": half, "batch": batch}
-            compute = Compute(device, half)
-            steps[f"{architecture}, {precision}"] = record.take(
-                key | {"rounds": rounds}, partial(step, architecture, compute, batch, rounds)
+        rounds = options.rounds if architecture == TINY else max(options.rounds // 3, 3)
+        for some in together:
+            key = {"part": "step", "architecture": architecture, "precisions": list(some)}
+            steps |= record.take(
+                key | {"batch": batch, "rounds": rounds},
+                partial(timed_steps, architecture, device, some, batch, rounds),
             )
     # What the hardware is for: the small model on processors, the large one on a GPU.
     name = f"{TINY if device.type == 'cpu' else BASE}, "
@@ -170,15 +174,90 @@ def part_step(options: argparse.Namespace, record: Record) -> Found:
         "step_over_forward": plain["step_over_forward"],
         "images_per_second": (fastest or plain)["images_per_second"],
         "bfloat16_over_float32": (
-            fastest["images_per_second"] / plain["images_per_second"] if fastest else None
+            fastest.get("over_float32", fastest["images_per_second"] / plain["images_per_second"])
+            if fastest
+            else None
         ),
         "steps": steps,
     }
 
 
 @allocator.kept()
-def step(architecture: str, compute: Compute, batch: int, rounds: int) -> Found:
-    """Time a step, the forward pass of timm's model, and that of ours; medians of ratios."""
+def timed_steps(
+    architecture: str,
+    device: torch.device,
+    kinds: Sequence[Precision],
+    batch: int,
+    rounds: int,
+) -> Found:
+    """Time a step, timm's forward pass and ours, each precision in turn; medians of ratios."""
+    with ExitStack() as stack:
+        timed = {
+            kind: stack.enter_context(
+                step(architecture, Compute(device, halves(kind, device)), batch)
+            )
+            for kind in kinds
+        }
+        for _ in range(rounds):
+            for one in timed.values():
+                one.time()
+    found = {f"{architecture}, {kind}": one.found() for kind, one in timed.items()}
+    if len(timed) > 1:
+        plain, half = (timed[kind].times["step"] for kind in ("float32", "bfloat16"))
+        found[f"{architecture}, bfloat16"]["over_float32"] = ratio(plain, half)
+    return found
+
+
+@dataclass
+class Step:
+    """What is timed: ``forward``, ``own_forward`` and ``step``.
+
+    Attributes:
+        runs: How to do each of them.
+        compute: With what.
+        batch: Images of each.
+        flops: Of a step.
+        peak_gigabytes: Of memory, after two steps.
+        times: Seconds that each took, by rounds.
+    """
+
+    runs: dict[str, Callable[[], None]]
+    compute: Compute
+    batch: int
+    flops: int
+    peak_gigabytes: float
+    times: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def time(self) -> None:
+        """Do each once."""
+        for name, run in self.runs.items():
+            self.times[name].append(seconds_of(run, self.compute.device))
+
+    def found(self) -> Found:
+        """Return what came of it."""
+        seconds = median(self.times["step"])
+        found: Found = {
+            "step_over_forward": ratio(self.times["step"], self.times["forward"]),
+            "step_over_own_forward": ratio(self.times["step"], self.times["own_forward"]),
+            "images_per_second": self.batch / seconds,
+            "forward_images_per_second": self.batch / median(self.times["forward"]),
+            "gigaflops": self.flops / seconds / 1e9,
+            "peak_gigabytes": self.peak_gigabytes,
+            "batch": self.batch,
+        }
+        if self.compute.device.type == "cuda":
+            found["share_of_peak"] = found["gigaflops"] / matrix_peak(self.compute)
+        return found
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Return the median of the ratios of times, each pair taken in the same round."""
+    return median(one / other for one, other in zip(times, others, strict=True))
+
+
+@contextmanager
+def step(architecture: str, compute: Compute, batch: int) -> Iterator[Step]:
+    """Yield a step that is warm, with timm's forward pass and ours."""
     backbone = random_backbone(architecture, compute.device)
     data = random_images(backbone, batch, 10)
     images = Images.placed(data.images, data.labels, compute.device)
@@ -189,19 +268,19 @@ def step(architecture: str, compute: Compute, batch: int, rounds: int) -> Found:
         for name in backbone.config.layers
     }
     nothing = torch.zeros(batch, dtype=torch.bool, device=compute.device)
-
-    def forward() -> None:
-        with torch.inference_mode(), compute.autocast():
-            head(backbone.module(backbone.normalise(images.loaded())))
-
-    def own_forward() -> None:
-        with torch.inference_mode(), compute.autocast():
-            head(backbone.features(images.loaded()))
-
     with adapted(backbone.layers, reductions) as branches:
         expansions = [branch.expansion for branch in branches.values()]
         free = list(head.parameters())
         optimizer = optimizer_for(expansions, free, config)
+        # Plain weights, as if branches were merged: that is what predicting costs.
+        frozen = {name: branch.qkv for name, branch in branches.items()}
+
+        def passing(features: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+            def run() -> None:
+                with merged(backbone, frozen), torch.inference_mode(), compute.autocast():
+                    head(features(images.loaded()))
+
+            return run
 
         def trainer(compute: Compute) -> Callable[[], None]:
             differentiate = recorded(backbone, head, [*expansions, *free], config, compute)
@@ -212,41 +291,20 @@ def step(architecture: str, compute: Compute, batch: int, rounds: int) -> Found:
 
             return train
 
-        train = trainer(compute)
-
-        # Plain weights, as if branches were merged: that is what predicting costs.
-        frozen = {name: branch.qkv for name, branch in branches.items()}
-        with merged(backbone, frozen):
-            forward()
-            own_forward()
+        runs = {
+            "forward": passing(lambda pixels: backbone.module(backbone.normalise(pixels))),
+            "own_forward": passing(backbone.features),
+            "step": trainer(compute),
+        }
+        runs["forward"]()
+        runs["own_forward"]()
         reset_peak(compute.device)
         for _ in range(2):  # a GPU's step is recorded in the second
-            train()
+            runs["step"]()
+        peak = peak_gigabytes(compute.device)
         with FlopCounterMode(display=False) as counter:
             trainer(replace(compute, record=False))()
-        times: dict[str, list[float]] = {"forward": [], "own_forward": [], "step": []}
-        for _ in range(rounds):
-            with merged(backbone, frozen):
-                times["forward"].append(seconds_of(forward, compute.device))
-                times["own_forward"].append(seconds_of(own_forward, compute.device))
-            times["step"].append(seconds_of(train, compute.device))
-    seconds = median(times["step"])
-    found: Found = {
-        "step_over_forward": median(
-            s / f for s, f in zip(times["step"], times["forward"], strict=True)
-        ),
-        "step_over_own_forward": median(
-            s / f for s, f in zip(times["step"], times["own_forward"], strict=True)
-        ),
-        "images_per_second": batch / seconds,
-        "forward_images_per_second": batch / median(times["forward"]),
-        "gigaflops": counter.get_total_flops() / seconds / 1e9,
-        "peak_gigabytes": peak_gigabytes(compute.device),
-        "batch": batch,
-    }
-    if compute.device.type == "cuda":
-        found["share_of_peak"] = found["gigaflops"] / matrix_peak(compute)
-    return found
+        yield Step(runs, compute, batch, counter.get_total_flops(), peak)
 
 
 @contextmanager

@@ -41,7 +41,13 @@ from inflora_core.errors import (
 from inflora_core.export import check_edit, check_parity, export_template
 from inflora_core.heads import novelty_shares
 from inflora_core.images import resized as without_torch
-from inflora_core.model import BackboneConfig, ClassEntry, ContinualModel, LayerState
+from inflora_core.model import (
+    BackboneConfig,
+    ClassEntry,
+    ContinualModel,
+    LayerState,
+    ParityReport,
+)
 from tests.core import tiny
 from tests.core.test_backbone import DEIT_TINY, FAMILIES, write
 
@@ -119,6 +125,23 @@ def pixels_of(backbone: Backbone, images: list[NDArray[np.uint8]]) -> Tensor:
     return backbone.normalise(torch.from_numpy(resized(backbone, images)))
 
 
+def compared(
+    file: bytes,
+    torch_model: Callable[[Tensor], Tensor],
+    images: list[NDArray[np.uint8]],
+    backbone: Backbone,
+    small: NDArray[np.uint8] | None = None,
+) -> ParityReport:
+    """Check the parity of a file; ``small`` is what torch sees, if not ``images`` resized."""
+    small = resized(backbone, images) if small is None else small
+    whole = session(file)
+    answers = [
+        whole.run([graph.LOGITS], {graph.IMAGES: image[None]})[0].argmax() for image in images
+    ]
+    expected = torch_model(backbone.normalise(torch.from_numpy(small))).numpy()
+    return check_parity(file, expected, small, images, np.array(answers), backbone)
+
+
 @pytest.mark.parametrize("classes", [3, 5])
 def test_every_family_gives_torchs_answers(exported: Exported, classes: int) -> None:
     backbone, template = exported
@@ -126,7 +149,7 @@ def test_every_family_gives_torchs_answers(exported: Exported, classes: int) -> 
     file = graph.materialise(template, model, 7)
     expected = torch_model(backbone, model)
     images = [noise(40 + 9 * i, 90 - 8 * i, 3, seed=i) for i in range(5)]
-    report = check_parity(file, expected, resized(backbone, images), images, backbone)
+    report = compared(file, expected, images, backbone)
     assert report.images == 5
     assert report.max_abs_diff <= 1e-4
     assert report.preprocessing_grey_levels <= 0.6
@@ -354,8 +377,7 @@ def test_equal_layers_are_not_merged(vit: Exported) -> None:
     model = learned(backbone, 3)
     images = [noise(32, 32, 3)]
     file = graph.materialise(template, model, 1)
-    small = resized(backbone, images)
-    check_parity(file, torch_model(backbone, model), small, images, backbone)
+    compared(file, torch_model(backbone, model), images, backbone)
 
 
 def test_a_backbone_too_large_for_one_file_is_refused(
@@ -463,26 +485,25 @@ def test_a_difference_is_found(vit: Exported) -> None:
     model = learned(backbone, 3)
     file = graph.materialise(template, model, 1)
     images = [noise(40, 50, 3, seed=i) for i in range(4)]
-    small = resized(backbone, images)
     right = torch_model(backbone, model)
 
     other = replace(model, head_bias=model.head_bias + np.float32([0, 1e-3, 0]))
     # A thousandth, as far as rounding goes.
     with pytest.raises(ParityError, match=r"differ by (1\.0|9\.9)\de-0[34]"):
-        check_parity(file, torch_model(backbone, other), small, images, backbone)
+        compared(file, torch_model(backbone, other), images, backbone)
     with pytest.raises(ParityError, match="not all logits are finite"):
-        check_parity(file, lambda x: right(x) * torch.nan, small, images, backbone)
+        compared(file, lambda x: right(x) * torch.nan, images, backbone)
     with pytest.raises(ParityError, match="torch"):
-        check_parity(file, lambda x: right(x)[:, :2], small, images, backbone)
+        compared(file, lambda x: right(x)[:, :2], images, backbone)
     with pytest.raises(InvalidInputError, match="at least one image"):
-        check_parity(file, right, small[:0], [], backbone)
+        compared(file, right, [], backbone, resized(backbone, images)[:0])
 
     cfg = {**backbone.config.pretrained_cfg, "crop_pct": 0.5}
     cropped = Backbone(
         backbone.module, replace(backbone.config, pretrained_cfg=cfg), preprocessing_of(cfg)
     )
     with pytest.raises(ParityError, match="grey levels"):
-        check_parity(file, right, resized(cropped, images), images, cropped)
+        compared(file, right, images, cropped)
 
 
 def test_a_difference_from_end_to_end_is_found(vit: Exported) -> None:
@@ -505,7 +526,7 @@ def test_a_difference_from_end_to_end_is_found(vit: Exported) -> None:
     biased = replace(model, head_weight=rows, head_bias=-rows @ (ours + theirs)[0] / 2)
     file = graph.materialise(template, biased, 1)
     with pytest.raises(ParityError, match="2 of 2 images differently, end to end"):
-        check_parity(file, torch_model(backbone, biased), small, images, backbone)
+        compared(file, torch_model(backbone, biased), images, backbone, small)
 
 
 def no_backbone() -> onnx.ModelProto:
@@ -644,5 +665,5 @@ def test_deit_tiny_as_published() -> None:
     file = graph.materialise(export_template(backbone), model, 1)
     images = [noise(200, 300, 3, seed=i) for i in range(3)]
     expected = torch_model(backbone, model)
-    report = check_parity(file, expected, resized(backbone, images), images, backbone)
+    report = compared(file, expected, images, backbone)
     assert report.max_abs_diff <= 1e-4

@@ -21,13 +21,12 @@ from inflora_core.compute import Compute, halves
 from inflora_core.config import LearnConfig, Limits
 from inflora_core.errors import DamagedError, StateError, UnsupportedBackboneError
 from inflora_core.images import decode
-from inflora_core.learner import logits_of
 from inflora_core.model import Progress, Stage, Version
 from inflora_core.predictor import Predictor, RuntimeOptions
 from inflora_core.progress import Tracker
 from inflora_core.spool import read_spool
 from inflora_core.store import ONNX_FILE, Store
-from inflora_core.worker import PARITY_IMAGES, Worker, make_deterministic
+from inflora_core.worker import FORM_IMAGES, PARITY_IMAGES, Worker, make_deterministic
 from tests.core import tiny
 from tests.core.test_backbone import FAMILIES, write
 
@@ -64,7 +63,9 @@ def assert_learned(version: Version, number: int) -> None:
     report = version.report
     assert report.parity is not None
     images = EACH * len(TASKS[number])
-    assert report.parity.images == len(range(0, images, math.ceil(images / PARITY_IMAGES)))
+    for most in (FORM_IMAGES, PARITY_IMAGES):
+        images = len(range(0, images, math.ceil(images / most)))
+    assert report.parity.images == images
     assert report.parity.max_abs_diff <= 1e-4
     assert report.parity.top1_agreement >= 0.995
     assert report.parity.preprocessing_grey_levels <= 1
@@ -91,7 +92,7 @@ def assert_answers_as_torch(store: Store, version: Version, folder: Path) -> Non
     pixels = torch.from_numpy(np.stack([backbone.resize(image) for image in new]))
     with torch.inference_mode():
         features = backbone.module(backbone.normalise(pixels))
-        expected = logits_of(model, features).numpy()
+        expected = model.logits(features.numpy())
     predictor = Predictor.load(
         store.path(version.number, ONNX_FILE), RuntimeOptions(threads=1, provider="cpu")
     )

@@ -20,15 +20,14 @@ from inflora_core.config import LEAST_STEPS, MOST_STEPS, PRESETS, LearnConfig, p
 from inflora_core.errors import CancelledError, InvalidInputError, StateError
 from inflora_core.learner import (
     FEW_OF_A_CLASS,
-    before_merging,
     learn_task,
-    logits_of,
     some_of_each,
     tasks_left,
     threshold_after,
 )
 from inflora_core.merge import merge, product
 from inflora_core.model import (
+    Array,
     ContinualModel,
     HeldOut,
     LabelledImages,
@@ -126,10 +125,7 @@ def test_classes_are_told_apart(backbone: Backbone, stream: list[Learned]) -> No
     ]  # fmt: skip
     assert model.tasks == 3
     new = tiny.images([entry.label for entry in model.classes], 5, first=100)
-    set_weights(backbone, model)
-    with torch.inference_mode():
-        features = backbone.module(backbone.normalise(torch.from_numpy(new.images)))
-        answers = logits_of(model, features).argmax(1).numpy()
+    answers = model.logits(features_of(backbone, model, new.images)).argmax(1)
     assert (answers == new.labels).mean() >= 0.9
 
 
@@ -137,6 +133,14 @@ def set_weights(backbone: Backbone, model: ContinualModel) -> None:
     for name, layer in model.layers.items():
         weight = backbone.qkv(name).get_parameter("weight")
         weight.data[len(weight) // 3 :] = torch.from_numpy(layer.key_value)
+
+
+def features_of(backbone: Backbone, model: ContinualModel, images: Array) -> Array:
+    """Return what ``model`` makes of images (n, S, S', 3), (n, e)."""
+    set_weights(backbone, model)
+    with torch.inference_mode():
+        features: Tensor = backbone.module(backbone.normalise(torch.from_numpy(images)))
+    return features.numpy()
 
 
 def test_an_update_does_not_touch_what_is_protected(
@@ -251,31 +255,15 @@ def test_merged_weights_answer_as_the_branches_did(
     backbone: Backbone, blank: ContinualModel, stream: list[Learned], task: int
 ) -> None:
     before, learned = states(blank, stream)[task], stream[task]
-    data = tiny.images((*FIRST, *SECOND, *THIRD), 3, first=50)
-    pixels = backbone.normalise(torch.from_numpy(data.images))
-    with torch.inference_mode(), before_merging(backbone, before, learned) as logits:
-        unmerged = logits(pixels)
-        assert all(type(layer.qkv) is not nn.Linear for layer in backbone.layers.values())
-    assert_untouched(backbone)
-    for name, layer in learned.model.layers.items():
-        rows = backbone.qkv(name).get_parameter("weight")[tiny.WIDTH :]
-        assert np.array_equal(rows.numpy(), layer.key_value), "the merged weights are left"
-    with torch.inference_mode():
-        merged = logits_of(learned.model, backbone.module(pixels))
-    assert unmerged.shape == (len(data), len(learned.model.classes))
-    assert torch.allclose(merged, unmerged, atol=1e-5)
-    set_weights(backbone, before)
-    with torch.inference_mode():
-        old = logits_of(learned.model, backbone.module(pixels))
-    assert not torch.allclose(merged, old, atol=1e-3), "without the task it answers otherwise"
-
-
-def test_layers_are_restored_when_a_comparison_fails(
-    backbone: Backbone, blank: ContinualModel, stream: list[Learned]
-) -> None:
-    with pytest.raises(ZeroDivisionError), before_merging(backbone, blank, stream[0]):
-        raise ZeroDivisionError
-    assert_untouched(backbone)
+    data = tiny.images((FIRST, SECOND, THIRD)[task], 12)
+    held_out = Counter(data.labels.tolist()) - Counter(data.labels[learned.rows].tolist())
+    assert set(held_out.values()) == {int(12 * CONFIG.held_out_share)}
+    some = data.images[learned.rows]
+    merged = features_of(backbone, learned.model, some)
+    assert merged.shape == learned.features.shape
+    assert np.allclose(merged, learned.features, atol=1e-5)
+    old = features_of(backbone, before, some)
+    assert not np.allclose(old, learned.features, atol=1e-3), "without the task it sees otherwise"
 
 
 def test_the_report_tells_what_was_done(stream: list[Learned]) -> None:
@@ -471,13 +459,8 @@ def test_a_full_layer_gets_no_adapter_and_the_others_learn(
     assert closed in warning
     assert open_ not in warning
     assert learned.report.training_accuracy >= 0.9
-    pixels = backbone.normalise(torch.from_numpy(tiny.images(SECOND, 2).images))
-    with torch.inference_mode(), before_merging(backbone, before, learned) as logits:
-        unmerged = logits(pixels)
-    with torch.inference_mode():
-        assert torch.allclose(
-            logits_of(learned.model, backbone.module(pixels)), unmerged, atol=1e-5
-        )
+    merged = features_of(backbone, learned.model, tiny.images(SECOND, 8).images[learned.rows])
+    assert np.allclose(merged, learned.features, atol=1e-5)
 
 
 def test_with_every_layer_full_the_head_still_learns(
@@ -551,12 +534,10 @@ def test_a_known_class_gets_better_where_it_is_shown_anew(
 
 def asked(backbone: Backbone, model: ContinualModel, data: LabelledImages) -> float:
     """Return the accuracy of ``model`` on ``data``."""
-    set_weights(backbone, model)
     position = {entry.label: i for i, entry in enumerate(model.classes)}
     truth = np.array([position[name] for name in data.names])[data.labels]
-    with torch.inference_mode():
-        features = backbone.module(backbone.normalise(torch.from_numpy(data.images)))
-    return float((logits_of(model, features).argmax(1).numpy() == truth).mean())
+    answers = model.logits(features_of(backbone, model, data.images)).argmax(1)
+    return float((answers == truth).mean())
 
 
 @pytest.mark.parametrize("labels", [["red"], FIRST, tiny.COLOURS])

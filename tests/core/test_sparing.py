@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inflora_core import sparing as sparing_module
 from inflora_core.adapters import adapted
 from inflora_core.backbone import Backbone, create_backbone
 from inflora_core.sparing import sparing
@@ -46,6 +47,29 @@ def test_features_and_gradients_are_those_of_timm(family: Backbone) -> None:
             found.append([features.detach(), *(b.expansion.grad for b in branches.values())])
     for plain, spared in zip(*found, strict=True):
         assert torch.allclose(plain, spared, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("shares", [2**26, 0], ids=["products", "fused"])
+def test_bfloat16_is_as_near_whatever_multiplies(
+    family: Backbone, shares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparing_module, "_MOST_SHARES", shares)
+    pixels = images(family)
+    found = []
+    for half in (False, True):
+        reductions = {
+            name: torch.eye(family.qkv(name).get_parameter("weight").shape[1])[:3]
+            for name in family.config.layers
+        }
+        with adapted(family.layers, reductions) as branches:
+            for branch in branches.values():
+                branch.expansion.data.fill_(0.01)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                features = family.features(pixels).float()
+            features.square().mean().backward()
+            found.append([features.detach(), *(b.expansion.grad for b in branches.values())])
+    for plain, rounded in zip(*found, strict=True):
+        assert (plain - rounded).norm() <= 0.05 * plain.norm()
 
 
 def test_fewer_tokens_go_through_the_last_block(tmp_path: Path) -> None:

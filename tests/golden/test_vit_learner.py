@@ -20,7 +20,7 @@ from torch import nn
 from inflora_core.backbone import Backbone, build_backbone
 from inflora_core.compute import Compute
 from inflora_core.config import LearnConfig, preset
-from inflora_core.learner import learn_task, load_weights, logits_of
+from inflora_core.learner import learn_task, load_weights
 from inflora_core.merge import product
 from inflora_core.model import (
     BackboneConfig,
@@ -111,7 +111,7 @@ def learn_recording(golden: Mapping[str, Any], compute: Compute) -> Run:
         load_weights(backbone, model)
         with torch.no_grad():
             pixels = backbone.normalise(torch.from_numpy(golden["data/test_x"]))
-            logits = logits_of(model, backbone.module(pixels)).numpy()
+            logits = model.logits(backbone.module(pixels).numpy())
         result.tasks.append(Recorded(learned, np.array(tracker.losses), logits))
     return result
 
