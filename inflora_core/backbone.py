@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,9 +114,14 @@ class Backbone:
 
     def features(self, images: Tensor) -> Tensor:
         """Return embeddings (n, e) of resized images (n, S, S', 3) uint8, on the same device."""
+        with self.passing() as features:
+            return features(images)
+
+    @contextmanager
+    def passing(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield ``features`` for many passes, from several threads if need be."""
         with sparing(self.module):
-            embeddings: Tensor = self.module(self.normalise(images))
-        return embeddings
+            yield lambda images: self.module(self.normalise(images))
 
     def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return both as (1, 3, 1, 1) on ``device``, where making them anew would wait for it."""

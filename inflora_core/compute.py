@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, TypeVar
 
 import torch
@@ -19,6 +22,68 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+
+LEAST_ABREAST = 8
+"""Images of a part that is taken beside others, at the least: with fewer, threads would wait for
+each other's Python."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Some rows, in parts.
+
+    Attributes:
+        slices: The parts, in order.
+        abreast: How many of them are taken at the same time, by threads that share out torch's.
+    """
+
+    slices: Sequence[slice]
+    abreast: int
+
+    @classmethod
+    def of(cls, count: int, size: int, abreast: int = 1) -> Parts:
+        """Return ``count`` rows in parts, ``size`` rows at a time."""
+        each = -(-size // abreast)
+        slices = [slice(start, min(start + each, count)) for start in range(0, count, each)]
+        return cls(slices, abreast)
+
+    def each(self, one: Callable[[slice], T]) -> Iterator[T]:
+        """Yield what ``one`` makes of each part, in order.
+
+        On a processor, parts that are taken abreast are done sooner than one after the other by all
+        threads: no operation waits for its slowest thread. Precision is a thread's own, so ``one``
+        has to see to it; gradients are recorded as here.
+        """
+        if self.abreast == 1:
+            yield from map(one, self.slices)
+            return
+        threads, differentiates = torch.get_num_threads(), torch.is_grad_enabled()
+
+        def alone(part: slice) -> T:
+            torch.set_num_threads(threads // self.abreast)  # of this thread
+            with torch.set_grad_enabled(differentiates):
+                return one(part)
+
+        pool = _threads(self.abreast)
+        ahead: deque[Future[T]] = deque()
+        try:
+            for part in self.slices:
+                ahead.append(pool.submit(alone, part))
+                if len(ahead) > self.abreast:  # not all: their results may be large
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+            wait(ahead)  # what they hold must be free before anything is tried again
+            torch.set_num_threads(threads)  # which threads to come begin with
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="abreast")
 
 
 @dataclass
@@ -49,7 +114,7 @@ class Compute:
         """Return the context that training multiplies matrices in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-    def in_parts(self, count: int, run: Callable[[Sequence[slice]], T], at_most: int = 2**31) -> T:
+    def in_parts(self, count: int, run: Callable[[Parts], T], at_most: int = 2**31) -> T:
         """Return what ``run`` makes of ``count`` rows, given to it in parts that fit in memory.
 
         When memory runs out, the parts become half as large, and ``run`` begins anew: it must not
@@ -57,17 +122,16 @@ class Compute:
 
         Args:
             count: Rows; with none, there is no part.
-            run: Called with the parts, in order.
-            at_most: Rows of a part.
+            run: Called with the parts.
+            at_most: Rows at a time.
 
         Raises:
             MemoryError, torch.OutOfMemoryError: not even one row fits.
         """
         while True:
             size = max(min(self.most, at_most, count), 1)
-            parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
             try:
-                return run(parts)
+                return run(Parts.of(count, size, self._abreast(size)))
             except (MemoryError, RuntimeError) as error:
                 # A recording would hold what this attempt has done, and do it in every step.
                 if size == 1 or self._is_recording() or not is_memory_error(error):
@@ -78,6 +142,12 @@ class Compute:
             allocator.give_back()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _abreast(self, size: int) -> int:
+        """Return how many parts to take at the same time, together ``size`` rows."""
+        if self.device.type != "cpu":
+            return 1
+        return max(min(torch.get_num_threads(), size // LEAST_ABREAST), 1)
 
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

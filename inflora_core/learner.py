@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from inflora_core import gate, subspace
 from inflora_core.adapters import adapted, set_key_value
 from inflora_core.backbone import Backbone
 from inflora_core.checkpoint import Checkpoint
-from inflora_core.compute import Compute, full_precision
+from inflora_core.compute import Compute, Parts, full_precision
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError, StateError
 from inflora_core.group import Group
@@ -354,18 +354,26 @@ def features_of(
 ) -> Array:
     """Return the final features (n, e), float32, as the backbone's weights are now."""
     mine = images.at(compute.group.share(len(images)))
+    moments = Moments.of(()) if moments is None else moments
 
-    def run(parts: Sequence[slice]) -> Tensor:
-        if moments is not None:
-            moments.drop()
+    def run(parts: Parts) -> tuple[Tensor, Moments]:
         features = [torch.zeros((0, backbone.config.embedding_size), device=images.labels.device)]
-        for part in parts:
-            embedding = backbone.features(mine.at(part).loaded())
-            features.append(embedding.float())
-            on_share(min(part.stop, len(mine)) / len(mine))
-        return torch.cat(features)
+        total, done = Moments.of(moments.by_layer), 0
+        with backbone.passing() as pass_through:
 
-    features = compute.in_parts(len(mine), run, batch_size)
+            def one(part: slice) -> tuple[Tensor, Moments]:
+                with moments.apart() as some:
+                    return pass_through(mine.at(part).loaded()).float(), some
+
+            for embeddings, some in parts.each(one):
+                features.append(embeddings)
+                total += some
+                done += len(embeddings)
+                on_share(done / len(mine))
+        return torch.cat(features), total
+
+    features, total = compute.in_parts(len(mine), run, batch_size)
+    moments += total
     return compute.group.joined(features, len(images)).cpu().numpy()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
@@ -56,32 +56,42 @@ class SecondMoment:
 
 @dataclass
 class Moments:
-    """The second moments of several layers.
+    """The second moments of several layers."""
 
-    What a forward pass adds is set aside until ``keep``: one that breaks off, for want of memory,
-    has been through some layers and not through others.
-    """
+    by_layer: dict[str, SecondMoment]
+    _apart: threading.local = field(default_factory=threading.local)
 
-    by_layer: dict[str, SecondMoment] = field(default_factory=dict)
-    _aside: dict[str, SecondMoment] = field(default_factory=lambda: defaultdict(SecondMoment))
+    @classmethod
+    def of(cls, layers: Iterable[str]) -> Moments:
+        """Return those of ``layers``, with no inputs yet."""
+        return cls({name: SecondMoment() for name in layers})
 
     def __getitem__(self, layer: str) -> SecondMoment:
         """Return the moment of ``layer``."""
         return self.by_layer[layer]
 
-    def set_aside(self, layer: str, inputs: Tensor) -> None:
-        """Take inputs (..., d) of ``layer``, to be kept or dropped."""
-        self._aside[layer].add(inputs)
-
-    def keep(self) -> None:
-        """Add what is set aside."""
-        for layer, moment in self._aside.items():
+    def __iadd__(self, other: Moments) -> Self:
+        """Add what ``other`` has of the same layers."""
+        for layer, moment in other.by_layer.items():
             self.by_layer[layer] += moment
-        self._aside.clear()
+        return self
 
-    def drop(self) -> None:
-        """Forget what is set aside."""
-        self._aside.clear()
+    def add(self, layer: str, inputs: Tensor) -> None:
+        """Add inputs (..., d) of ``layer``: here, or to what is apart in this thread."""
+        getattr(self._apart, "moments", self)[layer].add(inputs)
+
+    @contextmanager
+    def apart(self) -> Iterator[Moments]:
+        """Have what this thread adds meanwhile in moments of their own, to be added or forgotten.
+
+        A forward pass that breaks off, for want of memory, has been through some layers and not
+        through others; and passes side by side add in an order of their own.
+        """
+        self._apart.moments = apart = Moments.of(self.by_layer)
+        try:
+            yield apart
+        finally:
+            del self._apart.moments
 
     def sum(self, group: Group) -> None:
         """Add what the other processes have."""
@@ -97,19 +107,18 @@ def record_moments(layers: Mapping[str, nn.Module]) -> Iterator[Moments]:
         layers: Modules by name that are called with one tensor (..., d); for InfLoRA the ``qkv`` of
             every attention layer, whose input K and V share.
     """
-    moments = Moments({name: SecondMoment() for name in layers})
+    moments = Moments.of(layers)
 
     def hook(name: str):  # type: ignore[no-untyped-def]
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             with torch.autocast(args[0].device.type, enabled=False):
-                moments.set_aside(name, args[0].float() if args[0].dtype.itemsize < 4 else args[0])
+                moments.add(name, args[0].float() if args[0].dtype.itemsize < 4 else args[0])
 
         return record
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
     try:
         yield moments
-        moments.keep()
     finally:
         for handle in handles:
             handle.remove()

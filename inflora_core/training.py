@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from inflora_core.adapters import AdaptedQKV
 from inflora_core.backbone import Backbone
 from inflora_core.checkpoint import Checkpoint, fingerprint
-from inflora_core.compute import Compute
+from inflora_core.compute import Compute, Parts
 from inflora_core.config import LearnConfig
 from inflora_core.errors import InvalidInputError
 from inflora_core.model import Array
@@ -278,21 +278,30 @@ def differentiate(
     mine = compute.group.share(len(images))
     mine_images, mine_mirrored = images.at(mine), mirrored[mine]
 
-    def run(parts: Sequence[slice]) -> Tensor:
+    def run(parts: Parts) -> Tensor:
         total = torch.zeros((), device=images.labels.device)
         for parameter in parameters:
             parameter.grad = None
-        for part in parts:
-            some = mine_images.at(part)
-            pixels = some.loaded()
-            if config.augmentation == "flip":
-                pixels = flipped(pixels, mine_mirrored[part])
-            with compute.autocast():
-                features = backbone.features(pixels)
-            loss = F.cross_entropy(head(features.float()), some.labels, reduction="sum")
-            loss = loss / len(images)
-            loss.backward()
-            total += loss.detach()
+        with backbone.passing() as pass_through:
+
+            def one(part: slice) -> tuple[Tensor, Sequence[Tensor]]:
+                some = mine_images.at(part)
+                pixels = some.loaded()
+                if config.augmentation == "flip":
+                    pixels = flipped(pixels, mine_mirrored[part])
+                with compute.autocast():
+                    features = pass_through(pixels)
+                loss = F.cross_entropy(head(features.float()), some.labels, reduction="sum")
+                loss = loss / len(images)
+                gradients = torch.autograd.grad(loss, parameters)
+                # In the parameter's own layout: the optimizer's kernel goes through both alike.
+                return loss.detach(), [gradient.contiguous() for gradient in gradients]
+
+            for loss, gradients in parts.each(one):
+                total += loss
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    whole = parameter.grad
+                    parameter.grad = gradient if whole is None else whole.add_(gradient)
         return total
 
     loss = compute.in_parts(len(mine_images), run)
@@ -446,13 +455,18 @@ def held_out_loss(
     """Return the mean cross-entropy of ``images``."""
     mine = images.at(compute.group.share(len(images)))
 
-    def run(parts: Sequence[slice]) -> Tensor:
+    def run(parts: Parts) -> Tensor:
         total = torch.zeros((), device=images.labels.device)
-        for part in parts:
-            some = mine.at(part)
-            with compute.autocast():
-                features = backbone.features(some.loaded())
-            total += F.cross_entropy(head(features.float()), some.labels, reduction="sum")
+        with backbone.passing() as pass_through:
+
+            def one(part: slice) -> Tensor:
+                some = mine.at(part)
+                with compute.autocast():
+                    features = pass_through(some.loaded())
+                return F.cross_entropy(head(features.float()), some.labels, reduction="sum")
+
+            for loss in parts.each(one):
+                total += loss
         return total
 
     total = compute.in_parts(len(mine), run, config.batch_size)

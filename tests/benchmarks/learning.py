@@ -302,8 +302,11 @@ def step(architecture: str, compute: Compute, batch: int) -> Iterator[Step]:
         for _ in range(2):  # a GPU's step is recorded in the second
             runs["step"]()
         peak = peak_gigabytes(compute.device)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # what other threads do is not counted
         with FlopCounterMode(display=False) as counter:
             trainer(replace(compute, record=False))()
+        torch.set_num_threads(threads)
         yield Step(runs, compute, batch, counter.get_total_flops(), peak)
 
 

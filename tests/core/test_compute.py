@@ -6,7 +6,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ImageFile
 from torch import Tensor
 
 from inflora_core.backbone import Backbone
-from inflora_core.compute import Compute, halves
+from inflora_core.compute import LEAST_ABREAST, Compute, Parts, halves
 from inflora_core.config import Gate, LearnConfig
 from inflora_core.errors import InvalidInputError
 from inflora_core.learner import learn_task
@@ -36,24 +37,73 @@ CPU = torch.device("cpu")
 CONFIG = LearnConfig(rank=4, epochs=2, batch_size=8, learning_rate=5e-3, held_out_share=0.25)
 
 
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 50), st.integers(1, 60), st.integers(1, 60))
-def test_parts_become_smaller_until_they_fit(count: int, fits: int, at_most: int) -> None:
+def test_parts_become_smaller_until_they_fit(
+    threads: int, count: int, fits: int, at_most: int
+) -> None:
     compute = Compute()
-    done: list[slice] = []
+    tried = []
 
-    def run(parts: Sequence[slice]) -> str:
-        done.clear()
-        for part in parts:
-            if part.stop - part.start > fits:
+    def run(parts: Parts) -> list[slice]:
+        tried.append(parts)
+
+        def one(part: slice) -> slice:
+            if (part.stop - part.start) * parts.abreast > fits + parts.abreast - 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            done.append(part)
-        return "done"
+            return part
 
-    assert compute.in_parts(count, run, at_most) == "done"
+        return list(parts.each(one))
+
+    done = compute.in_parts(count, run, at_most)
     assert [i for part in done for i in range(count)[part]] == list(range(count))
-    largest = max((part.stop - part.start for part in done), default=0)
-    assert largest <= min(fits, at_most)
-    assert largest >= min(fits, at_most, count) // 2, "no smaller than it has to be"
+    assert torch.get_num_threads() == threads
+    parts = tried[-1]
+    assert done == parts.slices
+    assert parts.abreast <= threads
+    together = parts.abreast * max((part.stop - part.start for part in done), default=0)
+    assert together <= min(fits, at_most) + parts.abreast - 1
+    assert together >= min(fits, at_most, count) // 2, "no fewer than it has to be"
+
+
+def test_parts_are_taken_abreast_and_come_in_order(threads: int) -> None:
+    together = threading.Barrier(threads, timeout=30)
+
+    def one(part: slice) -> tuple[slice, int, bool]:
+        together.wait()  # for as many others
+        return part, torch.get_num_threads(), torch.is_grad_enabled()
+
+    parts = Parts.of(12 * LEAST_ABREAST, 3 * LEAST_ABREAST, threads)
+    with torch.no_grad():
+        found = list(parts.each(one))
+    assert [part for part, _, _ in found] == parts.slices
+    assert {of_each for _, of_each, _ in found} == {1}, "together as many as there were"
+    assert not any(differentiates for _, _, differentiates in found)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_part_that_fails_leaves_nothing_under_way(threads: int) -> None:
+    started: list[slice] = []
+    ended: list[slice] = []
+
+    def one(part: slice) -> None:
+        started.append(part)
+        if part.start == 0:
+            raise ZeroDivisionError
+        ended.append(part)
+
+    with pytest.raises(ZeroDivisionError):
+        list(Parts.of(100, threads, threads).each(one))
+    assert len(started) == len(ended) + 1
+    assert len(started) < 100
 
 
 @pytest.mark.parametrize(
@@ -66,7 +116,7 @@ def test_parts_become_smaller_until_they_fit(count: int, fits: int, at_most: int
     ids=repr,
 )
 def test_not_even_one_row_fits(error: Exception) -> None:
-    def run(parts: Sequence[slice]) -> None:
+    def run(parts: Parts) -> None:
         raise error
 
     with pytest.raises(type(error)):
@@ -76,7 +126,7 @@ def test_not_even_one_row_fits(error: Exception) -> None:
 def test_other_errors_are_not_taken_for_want_of_memory() -> None:
     attempts = []
 
-    def run(parts: Sequence[slice]) -> None:
+    def run(parts: Parts) -> None:
         attempts.append(parts)
         raise RuntimeError("size mismatch")
 
@@ -122,6 +172,22 @@ def room_for(backbone: Backbone, images: int) -> Iterator[list[int]]:
         yield tried
     finally:
         handle.remove()
+
+
+def test_threads_give_the_same_result(
+    before: ContinualModel, backbone: Backbone, threads: int
+) -> None:
+    """The same bits twice, and with another number of threads the same within rounding."""
+    config = CONFIG.model_copy(update={"batch_size": 3 * LEAST_ABREAST})
+    data = tiny.images(["blue", "white"], 40)
+
+    def teach() -> Learned:
+        return learn_task(before, backbone, data, "task", config, Tracker(), compute=Compute())
+
+    one, other = teach(), teach()
+    assert_alike(one, other, 0)
+    torch.set_num_threads(1)
+    assert_alike(one, teach(), 1e-4)
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 5, 7])
