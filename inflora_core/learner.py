@@ -119,7 +119,7 @@ def learn_task(
     labels, held_out_labels = (part.labels.cpu().numpy() for part in (train, held_out))
     few = some_of_each(labels, config.design_images)
     moments, seen = measure(
-        backbone, train.at(torch.from_numpy(few)), config.batch_size, compute, tracker
+        backbone, train.at(torch.from_numpy(few)), config.batch_size, compute, tracker.step
     )
     reductions = compute.group.told(
         {
@@ -141,7 +141,9 @@ def learn_task(
         )
 
         tracker.start(Stage.EXTENDING)
-        moments, features = measure(backbone, train, config.batch_size, compute, tracker)
+        moments, features = measure_with_some(
+            backbone, train, few, config.batch_size, compute, tracker
+        )
         if not np.isfinite(features).all():
             raise diverged("features are not finite")
         extended = {
@@ -317,15 +319,43 @@ def prepare(
 
 
 def measure(
-    backbone: Backbone, images: Images, batch_size: int, compute: Compute, tracker: Tracker
+    backbone: Backbone,
+    images: Images,
+    batch_size: int,
+    compute: Compute,
+    on_share: Callable[[float], None],
 ) -> tuple[Moments, Array]:
     """Pass over ``images`` once: second moments of every layer's input, and features (n, e)."""
     if len(images) < compute.group.size:  # not one image for each process: each takes them all
         compute = replace(compute, group=Group())
     with record_moments({name: backbone.qkv(name) for name in backbone.config.layers}) as moments:
-        features = features_of(backbone, images, batch_size, compute, tracker.step, moments)
+        features = features_of(backbone, images, batch_size, compute, on_share, moments)
     moments.sum(compute.group)
     return moments, features
+
+
+def measure_with_some(
+    backbone: Backbone,
+    images: Images,
+    few: Array,
+    batch_size: int,
+    compute: Compute,
+    tracker: Tracker,
+) -> tuple[Moments, Array]:
+    """Pass over ``images`` once: features (n, e), and second moments from ``few`` (m,) of them."""
+    count, whole = len(few), len(images)
+    rest = np.setdiff1d(np.arange(whole), few)
+    features = np.empty((whole, backbone.config.embedding_size), np.float32)
+    moments, features[few] = measure(
+        *(backbone, images.at(torch.from_numpy(few)), batch_size, compute),
+        lambda share: tracker.step(share * count / whole),
+    )
+    if len(rest):
+        features[rest] = features_of(
+            *(backbone, images.at(torch.from_numpy(rest)), batch_size, compute),
+            lambda share: tracker.step((count + share * len(rest)) / whole),
+        )
+    return moments.standing_for(count, whole), features
 
 
 def some_of_each(labels: Array, count: int) -> Array:

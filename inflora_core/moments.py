@@ -46,6 +46,11 @@ class SecondMoment:
         group.sum(self.total, tokens)
         self.tokens = int(tokens)
 
+    def standing_for(self, images: int, whole: int) -> SecondMoment:
+        """Return the same of ``whole`` images, of which the ``images`` that were added are some."""
+        assert self.total is not None
+        return SecondMoment(self.total * whole / images, self.tokens * whole // images)
+
     @property
     def mean(self) -> Tensor:
         """C (d, d), float64."""
@@ -92,6 +97,12 @@ class Moments:
             yield apart
         finally:
             del self._apart.moments
+
+    def standing_for(self, images: int, whole: int) -> Moments:
+        """Return what ``whole`` images would have added, of which these ``images`` are a sample."""
+        return Moments(
+            {name: moment.standing_for(images, whole) for name, moment in self.by_layer.items()}
+        )
 
     def sum(self, group: Group) -> None:
         """Add what the other processes have."""

@@ -97,12 +97,8 @@ _LIMITS = Limits()
 PROGRESS_SECONDS = 0.1
 """Least time between two reports of the same stage and epoch."""
 
-FORM_IMAGES = 32
-"""Images of a task on which the smaller forms are compared with ``model.onnx``. More would tell
-more, and take a hundredth of a small task's time for every 30."""
-
 PARITY_IMAGES = 16
-"""Of those, how many are compared with torch: enough to see any error of the merge."""
+"""Images of a task on which ONNX and torch are compared: enough to see any error of the merge."""
 
 
 class Worker:
@@ -157,7 +153,9 @@ class Worker:
         onnx = materialise(self._template, learned.model, self._store.next_number())
 
         tracker.start(Stage.CHECKING)
-        shown = spread(examples.data.labels[learned.rows], FORM_IMAGES)
+        shown = spread(
+            examples.data.labels[learned.rows], max(PARITY_IMAGES, *forms.IMAGES.values())
+        )
         images = examples.decoded(learned.rows[shown])
         answers = self._answers(onnx, images, tracker)
         parity = self._parity(onnx, learned, examples, shown, answers)
@@ -267,7 +265,7 @@ class Worker:
             shown: (m,) positions among ``learned.rows``.
             answers: The file's, for those.
         """
-        few = slice(None, None, -(-len(shown) // PARITY_IMAGES))
+        few = _at_most(PARITY_IMAGES, len(shown))
         rows = learned.rows[shown[few]]
         return check_parity(
             onnx,
@@ -294,7 +292,10 @@ class Worker:
                 continue
             with _without(forms.file_of(form), refusals):
                 content, entry = forms.made(form, onnx)
-                agreement = forms.agreement(answers, self._answers(content, images, tracker))
+                few = _at_most(forms.IMAGES[form], len(images))
+                agreement = forms.agreement(
+                    forms.of_some(answers, few), self._answers(content, images[few], tracker)
+                )
                 if refusal := gate.form_refusal(form, agreement, limits):
                     refusals.append(f"{entry.name} is not handed out: {refusal}.")
                 else:
@@ -436,8 +437,15 @@ class Decoded(Sequence[Array]):
         return len(self._encoded)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return the image at ``index``, (h, w, 3) uint8."""
+        """Return the image at ``index``, (h, w, 3) uint8; those of a slice are not decoded yet."""
+        if isinstance(index, slice):
+            return Decoded(self._encoded[index])
         return _decoded(self._encoded[index])
+
+
+def _at_most(most: int, count: int) -> slice:
+    """Return which of ``count`` images to take, as spread as they are."""
+    return slice(None, None, -(-count // most))
 
 
 def _decoded(encoded: bytes) -> Array:

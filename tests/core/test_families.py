@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from inflora_core import forms
 from inflora_core.backbone import build_backbone, state_of
 from inflora_core.compute import Compute, halves
 from inflora_core.config import LearnConfig, Limits
@@ -26,7 +27,7 @@ from inflora_core.predictor import Predictor, RuntimeOptions
 from inflora_core.progress import Tracker
 from inflora_core.spool import read_spool
 from inflora_core.store import ONNX_FILE, Store
-from inflora_core.worker import FORM_IMAGES, PARITY_IMAGES, Worker, make_deterministic
+from inflora_core.worker import PARITY_IMAGES, Worker, make_deterministic
 from tests.core import tiny
 from tests.core.test_backbone import FAMILIES, write
 
@@ -63,7 +64,7 @@ def assert_learned(version: Version, number: int) -> None:
     report = version.report
     assert report.parity is not None
     images = EACH * len(TASKS[number])
-    for most in (FORM_IMAGES, PARITY_IMAGES):
+    for most in (max(forms.IMAGES.values()), PARITY_IMAGES):
         images = len(range(0, images, math.ceil(images / most)))
     assert report.parity.images == images
     assert report.parity.max_abs_diff <= 1e-4

@@ -853,5 +853,5 @@ def test_with_all_images_measured_first_nothing_is_left_out(
     assert bytes_of(learn(blank, backbone, data, design_images=46))[:-1] == bytes_of(whole)[:-1]
     assert bytes_of(some)[:-1] != bytes_of(whole)[:-1]
     tokens = {layer.tokens for layer in some.model.layers.values()}
-    assert tokens == {layer.tokens for layer in whole.model.layers.values()}, "memory sees all"
+    assert tokens == {layer.tokens for layer in whole.model.layers.values()}, "they stand for all"
     assert some.report.training_accuracy >= whole.report.training_accuracy - 0.1
