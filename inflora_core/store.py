@@ -185,6 +185,8 @@ class Store:
         self._forgotten = self._model / "forgotten.json"
         # A file that is being made again must not come back after it was purged.
         self._rewriting = threading.Lock()
+        # A learner asks before every task, and a version's never changes.
+        self._makers: dict[int, str] = {}
 
     @classmethod
     def open(cls, root: str | os.PathLike[str]) -> Self:
@@ -456,11 +458,14 @@ class Store:
         """
         for number in reversed(self.numbers()):
             try:
-                if self.version(number).task == task:
-                    durable.sync_folder(self._versions)  # its writer may have died before it did
-                    return number
+                if number not in self._makers:
+                    self._makers[number] = self._manifest(number).task
             except DamagedError as error:
                 log.warning("passing over version %d: %s", number, error)
+                continue
+            if self._makers[number] == task:
+                durable.sync_folder(self._versions)  # its writer may have died before it did
+                return number
         return None
 
     def current(self) -> int | None:

@@ -449,6 +449,21 @@ def test_one_damaged_manifest_does_not_hide_the_others(shared_store: Store) -> N
     assert shared_store.version_of_task("task-1") == 2
 
 
+def test_a_version_is_asked_once_which_task_made_it(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A learner asks before every task: what it reads must not grow with their number."""
+    model = publish(store, None, "first")
+    publish(store, model.version, "second")
+    assert store.version_of_task("none") is None
+    for number in (1, 2):
+        (store.root / f"models/default/versions/{number:08d}/manifest.json").write_bytes(b"")
+    assert store.version_of_task("first") == 1
+    assert not caplog.records
+    assert Store.open(store.root).version_of_task("first") is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
 def test_strangers_among_the_versions_are_passed_over(store: Store) -> None:
     publish(store, None, "first")
     (store.root / "models/default/versions/.DS_Store").write_bytes(b"")
