@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -43,9 +45,12 @@ class Parts:
 
     @classmethod
     def of(cls, count: int, size: int, abreast: int = 1) -> Parts:
-        """Return ``count`` rows in parts, ``size`` rows at a time."""
-        each = -(-size // abreast)
-        slices = [slice(start, min(start + each, count)) for start in range(0, count, each)]
+        """Return ``count`` rows in parts, ``size`` rows at a time in ``abreast`` equal ones."""
+        slices = []
+        for start in range(0, count, size):
+            rows = min(size, count - start)
+            ends = [start + rows * i // abreast for i in range(abreast + 1)]
+            slices += [slice(*pair) for pair in itertools.pairwise(ends) if pair[0] < pair[1]]
         return cls(slices, abreast)
 
     def each(self, one: Callable[[slice], T]) -> Iterator[T]:
@@ -60,8 +65,9 @@ class Parts:
             return
         threads, differentiates = torch.get_num_threads(), torch.is_grad_enabled()
 
-        def alone(part: slice) -> T:
-            torch.set_num_threads(threads // self.abreast)  # of this thread
+        def beside_others(part: slice) -> T:
+            # It holds for this thread, and for those that begin after it.
+            torch.set_num_threads(threads // self.abreast)
             with torch.set_grad_enabled(differentiates):
                 return one(part)
 
@@ -69,21 +75,36 @@ class Parts:
         ahead: deque[Future[T]] = deque()
         try:
             for part in self.slices:
-                ahead.append(pool.submit(alone, part))
+                ahead.append(pool.submit(beside_others, part))
                 if len(ahead) > self.abreast:  # not all: their results may be large
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
+            # Also when whoever asked for the results has had enough of them: what is under way
+            # holds memory, and what it works with is about to change.
             for future in ahead:
                 future.cancel()
-            wait(ahead)  # what they hold must be free before anything is tried again
-            torch.set_num_threads(threads)  # which threads to come begin with
+            wait(ahead)
+            torch.set_num_threads(threads)
 
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="abreast")
+    """Return threads that have begun: one that cannot leaves its part to those that have.
+
+    Raises:
+        RuntimeError: there is no room for so many.
+    """
+    pool = ThreadPoolExecutor(count, thread_name_prefix="abreast")
+    all_here = threading.Barrier(count)
+    try:
+        wait([pool.submit(all_here.wait) for _ in range(count)])
+    except RuntimeError:
+        all_here.abort()
+        pool.shutdown()
+        raise
+    return pool
 
 
 @dataclass
@@ -147,7 +168,10 @@ class Compute:
         """Return how many parts to take at the same time, together ``size`` rows."""
         if self.device.type != "cpu":
             return 1
-        return max(min(torch.get_num_threads(), size // LEAST_ABREAST), 1)
+        threads = torch.get_num_threads()
+        most = max(min(threads, size // LEAST_ABREAST), 1)
+        # As many as share out the threads evenly: with 7, four parts would leave 3 idle.
+        return next(parts for parts in range(most, 0, -1) if threads % parts == 0)
 
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -141,8 +141,9 @@ def learn_task(
         )
 
         tracker.start(Stage.EXTENDING)
+        sample = np.sort(spread(labels, config.design_images))
         moments, features = measure_with_some(
-            backbone, train, few, config.batch_size, compute, tracker
+            backbone, train, sample, config.batch_size, compute, tracker
         )
         if not np.isfinite(features).all():
             raise diverged("features are not finite")
@@ -337,17 +338,27 @@ def measure(
 def measure_with_some(
     backbone: Backbone,
     images: Images,
-    few: Array,
+    sample: Array,
     batch_size: int,
     compute: Compute,
     tracker: Tracker,
 ) -> tuple[Moments, Array]:
-    """Pass over ``images`` once: features (n, e), and second moments from ``few`` (m,) of them."""
-    count, whole = len(few), len(images)
-    rest = np.setdiff1d(np.arange(whole), few)
+    """Pass over ``images`` once: features (n, e) of all, and second moments from some.
+
+    Args:
+        backbone: The backbone.
+        images: All.
+        sample: (m,) which of them stand for all in the moments; of every class its share, since
+            the memory is the mean over all images of all tasks.
+        batch_size: Images at a time.
+        compute: How to compute it.
+        tracker: Told how far it is.
+    """
+    count, whole = len(sample), len(images)
+    rest = np.setdiff1d(np.arange(whole), sample)
     features = np.empty((whole, backbone.config.embedding_size), np.float32)
-    moments, features[few] = measure(
-        *(backbone, images.at(torch.from_numpy(few)), batch_size, compute),
+    moments, features[sample] = measure(
+        *(backbone, images.at(torch.from_numpy(sample)), batch_size, compute),
         lambda share: tracker.step(share * count / whole),
     )
     if len(rest):

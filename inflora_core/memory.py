@@ -22,7 +22,7 @@ class GradientMemory:
         basis: Q (d, d) float64, orthonormal columns; the first ``protected`` are M.
         protected: k, 0 to d.
         moment: C_old (d, d) float64, mean over all old tasks' tokens.
-        tokens: How many tokens that are.
+        tokens: How many tokens that are; some stand for others (``config.design_images``).
     """
 
     basis: Tensor

@@ -501,9 +501,10 @@ def _telling_damage() -> Iterator[None]:
 
 NO_MEMORY = re.compile(
     r"bad_alloc|bad allocation|Failed to allocate memory|can't allocate memory|out of memory"
-    r"|could not create a primitive|STATUS_ALLOC_FAILED"
+    r"|could not create a primitive|STATUS_ALLOC_FAILED|can't start new thread"
 )
-"""What torch, onnxruntime, oneDNN, cuBLAS and cuDNN say in errors that are no ``MemoryError``."""
+"""What Python, torch, onnxruntime, oneDNN, cuBLAS and cuDNN say in errors that are no
+``MemoryError``."""
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-_MOST_SHARES = 2**26
-"""Numbers that attention may keep of one layer until its backward pass, 128 MiB. Of 32 images, a
-ViT-B keeps 15 million at 224 px, which is a fifth of what its layer keeps anyway."""
+_MOST_SHARES = 2**21
+"""Numbers that attention may keep of a layer and an image until its backward pass, 4 MiB. At 224 px
+a ViT-B keeps a quarter of that, which is a fifth of what its layer keeps anyway."""
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def _multiplies_sooner(query: Tensor) -> bool:
     DeiT-tiny's layer takes it 39 ms forward and back, plain products 17). But it keeps no shares
     (n, heads, tokens, tokens), and so images with many tokens stay with it.
     """
-    shares = query.shape[:-1].numel() * query.shape[-2]
+    shares = query.shape[1:-1].numel() * query.shape[-2]
     return query.device.type == "cpu" and query.dtype is torch.bfloat16 and shares <= _MOST_SHARES
 
 

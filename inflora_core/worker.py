@@ -111,6 +111,7 @@ class Worker:
         self._backbone: Backbone | None = None
         self._template = b""
         self._newest: ContinualModel | None = None
+        allocator.share()
 
     @property
     def group(self) -> Group:
@@ -153,20 +154,20 @@ class Worker:
         onnx = materialise(self._template, learned.model, self._store.next_number())
 
         tracker.start(Stage.CHECKING)
-        shown = spread(
-            examples.data.labels[learned.rows], max(PARITY_IMAGES, *forms.IMAGES.values())
-        )
+        limits = limits or Gate()
+        wanted = [form for form in forms.FORMS if getattr(limits, form) is not None]
+        most = max([PARITY_IMAGES, *(forms.IMAGES[form] for form in wanted)])
+        shown = spread(examples.data.labels[learned.rows], most)
         images = examples.decoded(learned.rows[shown])
         answers = self._answers(onnx, images, tracker)
         parity = self._parity(onnx, learned, examples, shown, answers)
-        limits = limits or Gate()
         canaries = self._canaries(before, onnx, tracker) if limits.canary is not None else None
         checks = gate.checks(learned, limits, canaries)
         for check in checks:
             if not check.passed:
                 log.warning("task %s is held back: %s", task, check.message)
 
-        chosen, refusals = self._forms(onnx, images, answers, limits, tracker)
+        chosen, refusals = self._forms(wanted, onnx, images, answers, limits, tracker)
 
         tracker.start(Stage.PUBLISHING)
         # Under the names that the task used: an alias counts what its class has.
@@ -265,7 +266,7 @@ class Worker:
             shown: (m,) positions among ``learned.rows``.
             answers: The file's, for those.
         """
-        few = _at_most(PARITY_IMAGES, len(shown))
+        few = _every(PARITY_IMAGES, len(shown))
         rows = learned.rows[shown[few]]
         return check_parity(
             onnx,
@@ -278,6 +279,7 @@ class Worker:
 
     def _forms(
         self,
+        wanted: Sequence[str],
         onnx: bytes,
         images: Decoded,
         answers: forms.Answers,
@@ -287,12 +289,10 @@ class Worker:
         """Return the smaller forms of a file that agree with it, and what is against the others."""
         chosen: list[Form] = []
         refusals: list[str] = []
-        for form in forms.FORMS:
-            if getattr(limits, form) is None:
-                continue
+        for form in wanted:
             with _without(forms.file_of(form), refusals):
                 content, entry = forms.made(form, onnx)
-                few = _at_most(forms.IMAGES[form], len(images))
+                few = _every(forms.IMAGES[form], len(images))
                 agreement = forms.agreement(
                     forms.of_some(answers, few), self._answers(content, images[few], tracker)
                 )
@@ -443,8 +443,8 @@ class Decoded(Sequence[Array]):
         return _decoded(self._encoded[index])
 
 
-def _at_most(most: int, count: int) -> slice:
-    """Return which of ``count`` images to take, as spread as they are."""
+def _every(most: int, count: int) -> slice:
+    """Return the slice that takes at most ``most`` of ``count`` images, as spread as they are."""
     return slice(None, None, -(-count // most))
 
 

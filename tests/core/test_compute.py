@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from hypothesis import strategies as st
 from PIL import ImageFile
 from torch import Tensor
 
+from inflora_core import compute
 from inflora_core.backbone import Backbone
 from inflora_core.compute import LEAST_ABREAST, Compute, Parts, halves
 from inflora_core.config import Gate, LearnConfig
-from inflora_core.errors import InvalidInputError
+from inflora_core.errors import CancelledError, InvalidInputError
 from inflora_core.learner import learn_task
 from inflora_core.merge import product
 from inflora_core.model import ContinualModel, Learned
@@ -91,19 +93,55 @@ def test_parts_are_taken_abreast_and_come_in_order(threads: int) -> None:
 
 
 def test_a_part_that_fails_leaves_nothing_under_way(threads: int) -> None:
-    started: list[slice] = []
+    together, failed = threading.Barrier(threads, timeout=30), threading.Event()
     ended: list[slice] = []
 
     def one(part: slice) -> None:
-        started.append(part)
+        if part.start < threads:
+            together.wait()
         if part.start == 0:
+            failed.set()
             raise ZeroDivisionError
+        failed.wait()
+        assert sum(range(10**6))  # it takes longer than the failure takes to be told
         ended.append(part)
 
     with pytest.raises(ZeroDivisionError):
         list(Parts.of(100, threads, threads).each(one))
-    assert len(started) == len(ended) + 1
-    assert len(started) < 100
+    known = len(ended)
+    assert threads - 1 <= known <= threads
+    assert torch.get_num_threads() == threads
+    wait([compute._threads(threads).submit(lambda: None) for _ in range(threads)])
+    assert len(ended) == known, "and nothing comes after it"
+
+
+def test_nothing_is_under_way_when_who_asked_has_had_enough(threads: int) -> None:
+    ended: list[slice] = []
+
+    def one(part: slice) -> slice:
+        assert sum(range(10**5 * part.stop))  # each takes longer than the one before
+        ended.append(part)
+        return part
+
+    def ask() -> None:
+        for part in Parts.of(20, threads, threads).each(one):
+            if part.start:
+                raise CancelledError("on request")
+
+    with pytest.raises(CancelledError):
+        ask()
+    known = len(ended)
+    wait([compute._threads(threads).submit(lambda: None) for _ in range(threads)])
+    assert len(ended) == known < 20
+
+
+@pytest.mark.parametrize("threads", range(1, 65))
+def test_no_thread_is_idle(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for size in (1, 7, 8, 32, 128):
+        abreast = Compute()._abreast(size)
+        assert threads % abreast == 0
+        assert abreast == 1 or size // abreast >= LEAST_ABREAST
 
 
 @pytest.mark.parametrize(
@@ -188,6 +226,23 @@ def test_threads_give_the_same_result(
     assert_alike(one, other, 0)
     torch.set_num_threads(1)
     assert_alike(one, teach(), 1e-4)
+
+
+@pytest.mark.parametrize("images", [1, 3, 7])
+def test_little_memory_is_enough_for_parts_abreast(
+    before: ContinualModel, backbone: Backbone, threads: int, images: int
+) -> None:
+    config = CONFIG.model_copy(update={"batch_size": 3 * LEAST_ABREAST})
+    data = tiny.images(["blue", "white"], 40)
+
+    def teach() -> Learned:
+        return learn_task(before, backbone, data, "task", config, Tracker(), compute=Compute())
+
+    whole = teach()
+    with room_for(backbone, images) as tried:
+        learned = teach()
+    assert max(tried) > images, "it was tried"
+    assert_alike(learned, whole, 1e-4)
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 5, 7])
