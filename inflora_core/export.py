@@ -36,7 +36,7 @@ from inflora_core.graph import (
     value_weight,
 )
 from inflora_core.model import ContinualModel, ParityReport
-from inflora_core.predictor import CPU, session_options
+from inflora_core.predictor import CPU, each_alone, session_options
 
 LARGEST_FILE = 2**31 - 2**20
 """A protobuf message ends at 2 GiB; weights beyond would have to lie in files of their own."""
@@ -48,7 +48,6 @@ AGREEMENT = 0.995
 """Smallest share of images that ONNX and torch must name alike, end to end."""
 
 _TOLERANCE = 1e-4
-_CHUNK = 32
 _PARTS = ("query", "key", "value")
 
 
@@ -116,12 +115,11 @@ def check_parity(
         raise InvalidInputError("parity needs at least one image to be checked on")
     preprocess_part, classify_part = split(model)
     pixels = backbone.normalise(torch.from_numpy(resized))
-    classify = _session(classify_part)
-    answered = np.concatenate(
-        [classify.run([LOGITS], {PIXELS: chunk.numpy()})[0] for chunk in pixels.split(_CHUNK)]
+    each = each_alone(
+        classify_part, [LOGITS], list(pixels.numpy()), torch.get_num_threads(), PIXELS
     )
+    answered = np.concatenate([logits for (logits,) in each])
     difference, allowed = _difference(answered, expected, tolerance)
-    del classify
     grey_levels = _grey_levels(_session(preprocess_part), images, resized, backbone)
     agreement = _agreement(answers, expected, allowed)
     return ParityReport(

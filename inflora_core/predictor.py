@@ -540,17 +540,22 @@ def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
 
 
 def each_alone(
-    model: bytes, outputs: Sequence[str], images: Sequence[NDArray[np.uint8]], threads: int
+    model: bytes,
+    outputs: Sequence[str],
+    images: Sequence[NDArray[Any]],
+    threads: int,
+    source: str = IMAGES,
 ) -> Iterator[list[Any]]:
     """Run a version's file as it is, one image at a time as devices do, and yield what it says.
 
     Runs of one thread each, side by side: no run waits for its slowest thread.
 
     Args:
-        model: The file, or a smaller form of it.
+        model: The file, a smaller form of it, or a part.
         outputs: Which of its outputs.
         images: Each (h, w, 3) uint8 of any size; looked at when its turn comes.
         threads: To use.
+        source: What else each is, where it is another input's.
 
     Yields:
         Of each image the ``outputs``, in order.
@@ -558,7 +563,7 @@ def each_alone(
     session = ort.InferenceSession(model, session_options(1), providers=[CPU])
 
     def run(row: int) -> list[Any]:
-        return list(session.run(outputs, {IMAGES: images[row][None]}))
+        return list(session.run(outputs, {source: images[row][None]}))
 
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(run, range(len(images)))
