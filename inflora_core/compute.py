@@ -91,7 +91,7 @@ class Parts:
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    """Return threads that have begun: one that cannot leaves its part to those that have.
+    """Return a pool whose threads have begun: no part fails later because one of them cannot.
 
     Raises:
         RuntimeError: there is no room for so many.

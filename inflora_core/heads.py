@@ -513,7 +513,12 @@ def examine(
 
 def spread(positions: Array, most: int = EXAMINED_IMAGES) -> Array:
     """Return which images to examine, (m,): of every class its share, however they came."""
-    return np.argsort(positions, kind="stable")[:: -(-len(positions) // most)]
+    return np.argsort(positions, kind="stable")[every(len(positions), most)]
+
+
+def every(count: int, most: int) -> slice:
+    """Return the slice that takes at most ``most`` of ``count``, evenly."""
+    return slice(None, None, -(-count // most))
 
 
 def pooled(calibration: Calibration, examined: Examined) -> Calibration:

@@ -143,7 +143,7 @@ def learn_task(
         tracker.start(Stage.EXTENDING)
         sample = np.sort(spread(labels, config.design_images))
         moments, features = measure_with_some(
-            backbone, train, sample, config.batch_size, compute, tracker
+            backbone, train, sample, config.batch_size, compute, tracker.step
         )
         if not np.isfinite(features).all():
             raise diverged("features are not finite")
@@ -341,7 +341,7 @@ def measure_with_some(
     sample: Array,
     batch_size: int,
     compute: Compute,
-    tracker: Tracker,
+    on_share: Callable[[float], None],
 ) -> tuple[Moments, Array]:
     """Pass over ``images`` once: features (n, e) of all, and second moments from some.
 
@@ -352,19 +352,19 @@ def measure_with_some(
             the memory is the mean over all images of all tasks.
         batch_size: Images at a time.
         compute: How to compute it.
-        tracker: Told how far it is.
+        on_share: Told how far it is, 0 to 1.
     """
     count, whole = len(sample), len(images)
     rest = np.setdiff1d(np.arange(whole), sample)
     features = np.empty((whole, backbone.config.embedding_size), np.float32)
     moments, features[sample] = measure(
         *(backbone, images.at(torch.from_numpy(sample)), batch_size, compute),
-        lambda share: tracker.step(share * count / whole),
+        lambda share: on_share(share * count / whole),
     )
     if len(rest):
         features[rest] = features_of(
             *(backbone, images.at(torch.from_numpy(rest)), batch_size, compute),
-            lambda share: tracker.step((count + share * len(rest)) / whole),
+            lambda share: on_share((count + share * len(rest)) / whole),
         )
     return moments.standing_for(count, whole), features
 
@@ -397,23 +397,22 @@ def features_of(
     mine = images.at(compute.group.share(len(images)))
     moments = Moments.of(()) if moments is None else moments
 
+    def one(part: slice) -> tuple[Tensor, Moments]:
+        with moments.apart() as some:
+            return pass_through(mine.at(part).loaded()).float(), some
+
     def run(parts: Parts) -> tuple[Tensor, Moments]:
         features = [torch.zeros((0, backbone.config.embedding_size), device=images.labels.device)]
         total, done = Moments.of(moments.by_layer), 0
-        with backbone.passing() as pass_through:
-
-            def one(part: slice) -> tuple[Tensor, Moments]:
-                with moments.apart() as some:
-                    return pass_through(mine.at(part).loaded()).float(), some
-
-            for embeddings, some in parts.each(one):
-                features.append(embeddings)
-                total += some
-                done += len(embeddings)
-                on_share(done / len(mine))
+        for embeddings, some in parts.each(one):
+            features.append(embeddings)
+            total += some
+            done += len(embeddings)
+            on_share(done / len(mine))
         return torch.cat(features), total
 
-    features, total = compute.in_parts(len(mine), run, batch_size)
+    with backbone.passing() as pass_through:
+        features, total = compute.in_parts(len(mine), run, batch_size)
     moments += total
     return compute.group.joined(features, len(images)).cpu().numpy()
 

@@ -278,33 +278,32 @@ def differentiate(
     mine = compute.group.share(len(images))
     mine_images, mine_mirrored = images.at(mine), mirrored[mine]
 
+    def one(part: slice) -> tuple[Tensor, Sequence[Tensor]]:
+        some = mine_images.at(part)
+        pixels = some.loaded()
+        if config.augmentation == "flip":
+            pixels = flipped(pixels, mine_mirrored[part])
+        with compute.autocast():
+            features = pass_through(pixels)
+        loss = F.cross_entropy(head(features.float()), some.labels, reduction="sum")
+        loss = loss / len(images)
+        gradients = torch.autograd.grad(loss, parameters)
+        # In the parameter's own layout: the optimizer's kernel goes through both alike.
+        return loss.detach(), [gradient.contiguous() for gradient in gradients]
+
     def run(parts: Parts) -> Tensor:
         total = torch.zeros((), device=images.labels.device)
         for parameter in parameters:
             parameter.grad = None
-        with backbone.passing() as pass_through:
-
-            def one(part: slice) -> tuple[Tensor, Sequence[Tensor]]:
-                some = mine_images.at(part)
-                pixels = some.loaded()
-                if config.augmentation == "flip":
-                    pixels = flipped(pixels, mine_mirrored[part])
-                with compute.autocast():
-                    features = pass_through(pixels)
-                loss = F.cross_entropy(head(features.float()), some.labels, reduction="sum")
-                loss = loss / len(images)
-                gradients = torch.autograd.grad(loss, parameters)
-                # In the parameter's own layout: the optimizer's kernel goes through both alike.
-                return loss.detach(), [gradient.contiguous() for gradient in gradients]
-
-            for loss, gradients in parts.each(one):
-                total += loss
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    whole = parameter.grad
-                    parameter.grad = gradient if whole is None else whole.add_(gradient)
+        for loss, gradients in parts.each(one):
+            total += loss
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                whole = parameter.grad
+                parameter.grad = gradient if whole is None else whole.add_(gradient)
         return total
 
-    loss = compute.in_parts(len(mine_images), run)
+    with backbone.passing() as pass_through:
+        loss = compute.in_parts(len(mine_images), run)
     if compute.group.size == 1:
         return loss
     # A share may be empty, and has no gradient then.
@@ -455,21 +454,20 @@ def held_out_loss(
     """Return the mean cross-entropy of ``images``."""
     mine = images.at(compute.group.share(len(images)))
 
+    def one(part: slice) -> Tensor:
+        some = mine.at(part)
+        with compute.autocast():
+            features = pass_through(some.loaded())
+        return F.cross_entropy(head(features.float()), some.labels, reduction="sum")
+
     def run(parts: Parts) -> Tensor:
         total = torch.zeros((), device=images.labels.device)
-        with backbone.passing() as pass_through:
-
-            def one(part: slice) -> Tensor:
-                some = mine.at(part)
-                with compute.autocast():
-                    features = pass_through(some.loaded())
-                return F.cross_entropy(head(features.float()), some.labels, reduction="sum")
-
-            for loss in parts.each(one):
-                total += loss
+        for loss in parts.each(one):
+            total += loss
         return total
 
-    total = compute.in_parts(len(mine), run, config.batch_size)
+    with backbone.passing() as pass_through:
+        total = compute.in_parts(len(mine), run, config.batch_size)
     compute.group.sum(total)
     return float(total) / len(images)
 

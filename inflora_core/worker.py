@@ -68,7 +68,7 @@ from inflora_core.errors import (
 from inflora_core.export import check_edit, check_parity, export_template
 from inflora_core.graph import materialise
 from inflora_core.group import Group, LostRankError
-from inflora_core.heads import spread
+from inflora_core.heads import every, spread
 from inflora_core.images import decode
 from inflora_core.learner import learn_task
 from inflora_core.model import (
@@ -111,7 +111,6 @@ class Worker:
         self._backbone: Backbone | None = None
         self._template = b""
         self._newest: ContinualModel | None = None
-        allocator.share()
 
     @property
     def group(self) -> Group:
@@ -266,7 +265,7 @@ class Worker:
             shown: (m,) positions among ``learned.rows``.
             answers: The file's, for those.
         """
-        few = _every(PARITY_IMAGES, len(shown))
+        few = every(len(shown), PARITY_IMAGES)
         rows = learned.rows[shown[few]]
         return check_parity(
             onnx,
@@ -292,7 +291,7 @@ class Worker:
         for form in wanted:
             with _without(forms.file_of(form), refusals):
                 content, entry = forms.made(form, onnx)
-                few = _every(forms.IMAGES[form], len(images))
+                few = every(len(images), forms.IMAGES[form])
                 agreement = forms.agreement(
                     forms.of_some(answers, few), self._answers(content, images[few], tracker)
                 )
@@ -441,11 +440,6 @@ class Decoded(Sequence[Array]):
         if isinstance(index, slice):
             return Decoded(self._encoded[index])
         return _decoded(self._encoded[index])
-
-
-def _every(most: int, count: int) -> slice:
-    """Return the slice that takes at most ``most`` of ``count`` images, as spread as they are."""
-    return slice(None, None, -(-count // most))
 
 
 def _decoded(encoded: bytes) -> Array:
@@ -615,6 +609,7 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=10, help="0 to 19, how far others come first")
     parser.add_argument("--log-format", default="text", choices=get_args(logs.Format))
     args = parser.parse_args()
+    allocator.share()  # before there are threads
     logs.configure(args.log_format, logging.INFO, "worker", "worker: %(levelname)s %(message)s")
     # Libraries print to standard output; only events may.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -416,6 +416,7 @@ class School:
         options: argparse.Namespace,
         precision: Precision = "auto",
     ) -> None:
+        allocator.share()
         self._folder = folder
         device = device_of(options.device)
         backbone = random_backbone(architecture, torch.device("cpu"))

@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from PIL import ImageFile
 from torch import Tensor
 
-from inflora_core import compute
 from inflora_core.backbone import Backbone
-from inflora_core.compute import LEAST_ABREAST, Compute, Parts, halves
+from inflora_core.compute import LEAST_ABREAST, Compute, Parts, _threads, halves
 from inflora_core.config import Gate, LearnConfig
 from inflora_core.errors import CancelledError, InvalidInputError
 from inflora_core.learner import learn_task
@@ -111,7 +110,7 @@ def test_a_part_that_fails_leaves_nothing_under_way(threads: int) -> None:
     known = len(ended)
     assert threads - 1 <= known <= threads
     assert torch.get_num_threads() == threads
-    wait([compute._threads(threads).submit(lambda: None) for _ in range(threads)])
+    wait([_threads(threads).submit(lambda: None) for _ in range(threads)])
     assert len(ended) == known, "and nothing comes after it"
 
 
@@ -131,7 +130,7 @@ def test_nothing_is_under_way_when_who_asked_has_had_enough(threads: int) -> Non
     with pytest.raises(CancelledError):
         ask()
     known = len(ended)
-    wait([compute._threads(threads).submit(lambda: None) for _ in range(threads)])
+    wait([_threads(threads).submit(lambda: None) for _ in range(threads)])
     assert len(ended) == known < 20
 
 
@@ -190,6 +189,13 @@ def teach(
     return learn_task(model, backbone, data, labels[0], CONFIG, Tracker(), compute=compute)
 
 
+def teach_abreast(model: ContinualModel, backbone: Backbone) -> Learned:
+    """In batches that three threads share."""
+    config = CONFIG.model_copy(update={"batch_size": 3 * LEAST_ABREAST})
+    data = tiny.images(["blue", "white"], 40)
+    return learn_task(model, backbone, data, "task", config, Tracker(), compute=Compute())
+
+
 @pytest.fixture(scope="module")
 def whole(before: ContinualModel, backbone: Backbone) -> Learned:
     return teach(before, backbone, ["blue", "white"], Compute())
@@ -216,31 +222,19 @@ def test_threads_give_the_same_result(
     before: ContinualModel, backbone: Backbone, threads: int
 ) -> None:
     """The same bits twice, and with another number of threads the same within rounding."""
-    config = CONFIG.model_copy(update={"batch_size": 3 * LEAST_ABREAST})
-    data = tiny.images(["blue", "white"], 40)
-
-    def teach() -> Learned:
-        return learn_task(before, backbone, data, "task", config, Tracker(), compute=Compute())
-
-    one, other = teach(), teach()
+    one, other = teach_abreast(before, backbone), teach_abreast(before, backbone)
     assert_alike(one, other, 0)
     torch.set_num_threads(1)
-    assert_alike(one, teach(), 1e-4)
+    assert_alike(one, teach_abreast(before, backbone), 1e-4)
 
 
 @pytest.mark.parametrize("images", [1, 3, 7])
 def test_little_memory_is_enough_for_parts_abreast(
     before: ContinualModel, backbone: Backbone, threads: int, images: int
 ) -> None:
-    config = CONFIG.model_copy(update={"batch_size": 3 * LEAST_ABREAST})
-    data = tiny.images(["blue", "white"], 40)
-
-    def teach() -> Learned:
-        return learn_task(before, backbone, data, "task", config, Tracker(), compute=Compute())
-
-    whole = teach()
+    whole = teach_abreast(before, backbone)
     with room_for(backbone, images) as tried:
-        learned = teach()
+        learned = teach_abreast(before, backbone)
     assert max(tried) > images, "it was tried"
     assert_alike(learned, whole, 1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,26 @@ def images(backbone: Backbone) -> Tensor:
     return torch.randint(0, 256, (3, *size, 3), dtype=torch.uint8, generator=generator)
 
 
+def features_and_gradients(family: Backbone, run: Callable[[], Tensor]) -> list[Tensor]:
+    """Return the features that ``run`` gives beside branches, and the gradients of those."""
+    reductions = {
+        name: torch.eye(family.qkv(name).get_parameter("weight").shape[1])[:3]
+        for name in family.config.layers
+    }
+    with adapted(family.layers, reductions) as branches:
+        expansions = [branch.expansion for branch in branches.values()]
+        for expansion in expansions:
+            expansion.data.fill_(0.01)
+        features = run().float()
+        return [features.detach(), *torch.autograd.grad(features.square().sum(), expansions)]
+
+
 def test_features_and_gradients_are_those_of_timm(family: Backbone) -> None:
-    pixels = images(family)
-    found = []
-    for context in (None, sparing(family.module)):
-        reductions = {
-            name: torch.eye(family.qkv(name).get_parameter("weight").shape[1])[:3]
-            for name in family.config.layers
-        }
-        with adapted(family.layers, reductions) as branches:
-            for branch in branches.values():
-                branch.expansion.data.fill_(0.01)
-            if context is None:
-                features = family.module(family.normalise(pixels))
-            else:
-                with context:
-                    features = family.module(family.normalise(pixels))
-            features.square().sum().backward()
-            found.append([features.detach(), *(b.expansion.grad for b in branches.values())])
-    for plain, spared in zip(*found, strict=True):
+    pixels = family.normalise(images(family))
+    plainly = features_and_gradients(family, lambda: family.module(pixels))
+    with sparing(family.module):
+        sparingly = features_and_gradients(family, lambda: family.module(pixels))
+    for plain, spared in zip(plainly, sparingly, strict=True):
         assert torch.allclose(plain, spared, atol=1e-4 * float(plain.abs().max()))
 
 
@@ -65,20 +67,10 @@ def test_bfloat16_is_as_near_whatever_multiplies(
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     pixels = images(family)
-    found = []
-    for half in (False, True):
-        reductions = {
-            name: torch.eye(family.qkv(name).get_parameter("weight").shape[1])[:3]
-            for name in family.config.layers
-        }
-        with adapted(family.layers, reductions) as branches:
-            for branch in branches.values():
-                branch.expansion.data.fill_(0.01)
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                features = family.features(pixels).float()
-            features.square().mean().backward()
-            found.append([features.detach(), *(b.expansion.grad for b in branches.values())])
-    for plain, rounded in zip(*found, strict=True):
+    whole = features_and_gradients(family, lambda: family.features(pixels))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = features_and_gradients(family, lambda: family.features(pixels))
+    for plain, rounded in zip(whole, half, strict=True):
         assert (plain - rounded).norm() <= 0.05 * plain.norm()
     plain_layers = sum(map(sparing_module._is_plain, family.module.modules()))
     alone = sparing_module._reads_first_token(family.module)  # attends for one token, and is fused
