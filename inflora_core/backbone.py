@@ -88,16 +88,16 @@ class Backbone:
         return self.module.get_submodule(f"{name}.qkv")
 
     def resize(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Resize and crop one image as timm's own evaluation transform does.
+        """Resize and crop one image as timm's own evaluation transform does, as ``resized`` says.
 
         Args:
             image: PIL image, or (h, w, 3) uint8 RGB.
 
         Returns:
-            (S, S', 3) uint8, contiguous.
+            (S, S', 3) uint8, contiguous, writable.
         """
         picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        return np.ascontiguousarray(resized(picture.convert("RGB"), self.preprocessing))
+        return np.array(resized(picture.convert("RGB"), self.preprocessing), order="C")
 
     def normalise(self, images: Tensor) -> Tensor:
         """Make resized images the module's input.

@@ -202,7 +202,8 @@ class Batcher:
 
     def _run(self, batch: Sequence[Prepared], alone: bool) -> None:
         def classify() -> Answers:
-            pixels = np.concatenate([each for _, _, each in batch])
+            images = [each for _, _, each in batch]
+            pixels = images[0] if len(images) == 1 else np.concatenate(images)
             return batch[0][0].predictor.classify(pixels, alone=alone)
 
         began = time.monotonic()

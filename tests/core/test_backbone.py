@@ -442,9 +442,13 @@ def test_resizing_and_normalising_are_timms_own(tmp_path: Path, family: str) -> 
         assert resized.shape == (backbone.preprocessing.height, backbone.preprocessing.width, 3)
         assert resized.dtype == np.uint8
         assert resized.flags.c_contiguous
+        assert resized.flags.writeable
         assert np.array_equal(resized, backbone.resize(Image.fromarray(image)))
         pixels = backbone.normalise(torch.from_numpy(resized[None]))
-        torch.testing.assert_close(pixels[0], transform(Image.fromarray(image)), rtol=0, atol=1e-6)
+        apart = (pixels[0] - transform(Image.fromarray(image))).abs()
+        level = 1 / 255 / min(backbone.preprocessing.std)
+        assert apart.max() < 2.01 * level  # some sums are rounded otherwise
+        assert apart.mean() < 0.05 * level
 
 
 def test_grey_images_become_rgb(vit: Path) -> None:
