@@ -8,11 +8,11 @@ JPEG and WebP hold no checksums: damage that still decodes cannot be told from a
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
-from math import ceil, floor
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,8 @@ _REACHES = {"bicubic": 2, "bilinear": 1}
 
 _SPARE = 8
 """Most pixels of a side that are made though nobody wants them."""
+_LARGEST_PART = 1 << 24
+"""Pixels of the largest part that is cut out of an image: a copy of it, 64 MiB."""
 
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _EXIF = b"Exif\0\0"
@@ -129,9 +131,10 @@ def picture(data: bytes, limits: Limits, *, field: str = "image") -> Image.Image
 def resized(image: Image.Image | NDArray[np.uint8], to: Preprocessing) -> NDArray[np.uint8]:
     """Resize and crop one image as timm's evaluation transform does, without torch.
 
-    What the crop would take away is not made. Pillow takes the part of an image that is asked for
-    in single precision, so of 3,000 values of a photo, one is another than timm's, by a grey level;
-    where nothing is cropped, all are the same.
+    What the crop would take away is not made, as a rule. Pillow takes the part of an image that is
+    asked for in single precision, so of 3,000 values of a photo, one is another than timm's, mostly
+    by a grey level (of bilinear sums more, since many end at a half); where nothing is cropped, and
+    where nothing is resized, all are the same.
 
     Args:
         image: Of mode RGB, or (h, w, 3) uint8 RGB.
@@ -144,17 +147,21 @@ def resized(image: Image.Image | NDArray[np.uint8], to: Preprocessing) -> NDArra
     sides, target = _resized_sides(*whole.size, to), (to.width, to.height)
     # torchvision's center_crop: half to even.
     corner = [round((side - wanted) / 2) for side, wanted in zip(sides, target, strict=True)]
-    reach = _REACHES[to.interpolation]
+    reach, kind = _REACHES[to.interpolation], _FILTERS[to.interpolation]
     x, y = map(partial(_span, reach=reach), corner, target, sides, whole.size)
     size, part = (x.made, y.made), (x.end - x.begin, y.end - y.begin)
-    if _is_taller(whole.size, sides) != _is_taller(part, size):
-        scaled = whole.resize(sides, _FILTERS[to.interpolation])
-        left, top = corner
-        return np.asarray(scaled)[top : top + to.height, left : left + to.width]
-    if part != whole.size:
-        whole = whole.crop((x.begin, y.begin, x.end, y.end))
-    box = (x.start, y.start, x.stop, y.stop)
-    return np.asarray(whole.resize(size, _FILTERS[to.interpolation], box))[: to.height, : to.width]
+    if (
+        sides == whole.size  # Pillow copies it
+        or math.prod(part) > _LARGEST_PART
+        or _is_taller(whole.size, sides) != _is_taller(part, size)
+    ):
+        (left, top), scaled = corner, whole.resize(sides, kind)
+    else:
+        if part != whole.size:
+            whole = whole.crop((x.begin, y.begin, x.end, y.end))
+        left = top = 0
+        scaled = whole.resize(size, kind, (x.start, y.start, x.stop, y.stop))
+    return np.asarray(scaled)[top : top + to.height, left : left + to.width]
 
 
 class _Span(NamedTuple):
@@ -186,11 +193,11 @@ def _span(first: int, wanted: int, scaled: int, whole: int, *, reach: int) -> _S
         wanted: So many.
         scaled: Pixels that all of it would have.
         whole: Pixels that it has.
-        reach: How far the filter reaches, in pixels of the result.
+        reach: How far the filter reaches, in pixels of whichever has the larger ones.
     """
     scale = whole / scaled
     around = reach * max(scale, 1.0) + 1
-    begin = max(0, floor(first * scale - around))
+    begin = max(0, math.floor(first * scale - around))
     start = first * scale - begin
     numbers = np.arange(wanted, min(scaled - first, wanted + _SPARE) + 1)
     stops = (first + numbers) * scale - begin
@@ -198,12 +205,16 @@ def _span(first: int, wanted: int, scaled: int, whole: int, *, reach: int) -> _S
     lengths = (stops.astype(np.float32) - single).astype(np.float64)
     best = int(np.argmin(np.abs(single + lengths - stops)))
     made = int(numbers[best])
-    end = min(whole, ceil((first + made) * scale + around))
+    end = min(whole, math.ceil((first + made) * scale + around))
     return _Span(begin, end, start, float(stops[best]), made)
 
 
 def _is_taller(before: tuple[int, int], after: tuple[int, int]) -> bool:
-    """Whether newer Pillows resize columns first, and so round otherwise between the passes."""
+    """Whether Pillow 13 resizes columns first, and so rounds otherwise between the passes.
+
+    It asks how many rows and columns go of the image that it is given, whatever the box. Of most
+    images that are twice as tall as wide, or taller, they do in the whole and not in the part.
+    """
     (width, height), (to_width, to_height) = before, after
     return height - to_height > max(0, 2 * (width - to_width))
 
