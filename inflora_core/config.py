@@ -49,7 +49,7 @@ class LearnConfig(BaseModel):
     shuffle: bool = True
     """Visit the images in a new order in every epoch; without, in the order they came."""
     held_out_share: float = Field(0.1, ge=0, le=0.5)
-    design_images: int = Field(128, ge=1)
+    design_images: int = Field(96, ge=1)
     """Training images, of every class its share, that B_t is designed from, and the head that A_t
     is trained against. And as many, in proportion to their classes, stand for all in what the
     memory is extended by."""
