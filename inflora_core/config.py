@@ -51,8 +51,8 @@ class LearnConfig(BaseModel):
     held_out_share: float = Field(0.1, ge=0, le=0.5)
     design_images: int = Field(96, ge=1)
     """Training images, of every class its share, that B_t is designed from, and the head that A_t
-    is trained against. And as many, in proportion to their classes, stand for all in what the
-    memory is extended by."""
+    is trained against. And at most as many, at equal steps through the classes, stand for all in
+    what the memory is extended by: 90 of 360, 50 of 100."""
     augmentation: Literal["none", "flip"] = "none"
     """``flip``: mirror half of the training images, anew in every epoch."""
     criterion: Criterion = "code"

@@ -616,14 +616,16 @@ def test_a_servers_preprocessing_is_timms(
     assert found.mean() <= (0.02 if config["interpolation"] == "bicubic" else 0.25)
 
 
+AT_224 = {"input_size": [3, 224, 224], "interpolation": "bicubic", "crop_pct": 0.9}
+
+
 @pytest.mark.parametrize(
     "size",
     [(375, 500), (500, 375), (480, 640), (1080, 1920), (1920, 1080), (3024, 4032), (887, 308)],
 )
 def test_of_photos_few_values_are_not_timms(size: tuple[int, int]) -> None:
-    """Tall ones too, of which newer Pillows resize the columns first."""
-    config = {"input_size": [3, 224, 224], "interpolation": "bicubic", "crop_pct": 0.9}
-    found = differences(config, noise(*size, 3))
+    """Tall ones too, of which Pillow 13 resizes the columns first."""
+    found = differences(AT_224, noise(*size, 3))
     assert found.max() <= 1
     assert found.mean() <= 0.001
 
@@ -650,8 +652,7 @@ def test_no_more_is_resized_than_the_crop_leaves(
         asked.append(to)
         return resize(image, to, *how)
 
-    config = {"input_size": [3, 224, 224], "interpolation": "bicubic", "crop_pct": 0.9}
-    backbone, _ = preprocess(json.dumps(config, sort_keys=True))
+    backbone, _ = preprocess(json.dumps(AT_224, sort_keys=True))
     image = noise(*size, 3)
     monkeypatch.setattr(Image.Image, "resize", recorded)
     pixels = without_torch(image, backbone.preprocessing)
